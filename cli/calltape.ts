@@ -1,0 +1,105 @@
+#!/usr/bin/env node
+/** The one program. Only parses and starts: each command lives in its own file, loaded when it is asked for. */
+import { Command } from 'commander'
+import { OperatorError, readConfig } from '../shared/config.js'
+import { createLog } from '../shared/log.js'
+import { readPackageFile } from '../shared/package-root.js'
+
+const { version, description } = JSON.parse(readPackageFile('package.json')) as { version: string; description: string }
+const program = new Command('calltape')
+  .description(description)
+  .version(version)
+  .showHelpAfterError()
+  .addHelpText('after', '\nConfiguration is by environment variables: see the table in README.md.')
+
+program
+  .command('up')
+  .description(
+    'start everything on this machine: PostgreSQL, Redis, ingest and sink (REDIS_URL, DATABASE_URL: use those)',
+  )
+  .option('--data <dir>', 'where PostgreSQL and Redis keep their data', '.calltape')
+  .action(async (options: { data: string }) => (await import('./up.js')).up(options))
+
+program
+  .command('demo')
+  .description('start everything, play calls through the real WebSocket, and check what landed in PostgreSQL')
+  .option(
+    '--calls <n>',
+    'be a load generator: so many generated calls instead of the sample calls',
+    positive('--calls'),
+  )
+  .option('--rate <r>', 'turns a second, all calls together (with --calls; default: full speed)', positive('--rate'))
+  .option('--turns <n>', 'turns a call (with --calls)', positive('--turns'), 20)
+  .action(async (options: { calls?: number; rate?: number; turns: number }) =>
+    (await import('./demo.js')).demo(options),
+  )
+
+program
+  .command('ingest')
+  .description('take events over WebSocket and HTTP and append them to Redis Streams')
+  .action(async () => {
+    const { startIngest } = await import('../ingest/ingest.js')
+    await runUntilStopped('ingest', startIngest)
+  })
+
+program
+  .command('sink')
+  .description('copy events from Redis Streams into PostgreSQL and finalize calls')
+  .action(async () => {
+    const { startSink } = await import('../sink/sink.js')
+    await runUntilStopped('sink', startSink)
+  })
+
+program
+  .command('migrate')
+  .description("bring the database to this version's schema; safe to run again")
+  .action(async () => {
+    const { migrate } = await import('../shared/schema.js')
+    const done = await migrate(readConfig().DATABASE_URL, console.error)
+    console.log(done.length === 0 ? 'the schema is up to date' : `migrated: ${done.join(', ')}`)
+  })
+
+program
+  .command('show')
+  .description("print a call's transcript and state, wherever they are now: Redis, PostgreSQL, or both")
+  .argument('<call_sid>')
+  .option('--json', 'as JSON')
+  .action(async (callSid: string, options: { json?: boolean }) => (await import('./show.js')).show(callSid, options))
+
+function positive(option: string) {
+  return (text: string): number => {
+    const value = Number(text)
+    if (!(value > 0)) throw new OperatorError(`${option} wants a number above 0, got ${text}`)
+    return value
+  }
+}
+
+interface Running {
+  stop(): Promise<void>
+}
+
+/** Runs a service until SIGTERM or Ctrl-C, or until the `calltape up` that started it is gone. */
+async function runUntilStopped(
+  name: string,
+  start: (
+    config: ReturnType<typeof readConfig>,
+    log: ReturnType<typeof createLog>,
+  ) => Promise<Running & { url: string }>,
+): Promise<void> {
+  const config = readConfig()
+  const log = createLog(name, config.LOG_LEVEL)
+  const service = await start(config, log)
+  process.send?.({ url: service.url })
+  await new Promise<void>((resolve) => {
+    for (const signal of ['SIGTERM', 'SIGINT', ...(process.send ? ['disconnect'] : [])]) process.once(signal, resolve)
+  })
+  await service.stop()
+  if (process.connected) process.disconnect()
+}
+
+program.parseAsync().catch((error: Error) => {
+  console.error(error instanceof OperatorError ? `calltape: ${error.message}` : error)
+  process.exitCode = error instanceof OperatorError ? 2 : 1
+  // An error at start may leave connections open that would keep the process alive.
+  setTimeout(() => process.exit(), 100).unref()
+})

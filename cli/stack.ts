@@ -1,0 +1,235 @@
+/** Everything on this machine: PostgreSQL and Redis (unless their URLs are set), the schema, and ingest and sink as processes. */
+import { type ChildProcess, fork } from 'node:child_process'
+import { mkdirSync, openSync, readFileSync } from 'node:fs'
+import { rm, writeFile } from 'node:fs/promises'
+import { join, resolve } from 'node:path'
+import { setTimeout as sleep } from 'node:timers/promises'
+import getPort from 'get-port'
+import { childEnvironment, type Environment, givenEnvironment, OperatorError, readConfig } from '../shared/config.js'
+import { PACKAGE_ROOT } from '../shared/package-root.js'
+import { migrate } from '../shared/schema.js'
+import { startPostgres } from './local-postgres.js'
+import { type LocalServer, startRedis } from './local-redis.js'
+
+/** Preferred ports: not the usual ones, which a developer's own servers may hold. */
+const POSTGRES_PORT = 54_320
+const REDIS_PORT = 63_790
+/** A service that died is started again; one that dies over and over is not. */
+const MAX_RESTARTS = 5
+const RESTART_PAUSE_MS = 500
+
+export interface StackOptions {
+  dataDir: string
+  say: (line: string) => void
+  /** Settings of ingest and sink that serve here and give way to what the environment sets. */
+  defaults?: Environment
+}
+
+export interface Stack {
+  redisUrl: string
+  databaseUrl: string
+  ingestUrl: string
+  sinkUrl: string
+  pids: { ingest: number; sink: number; redis?: number; postgres?: number }
+  /** A line each: what runs where. */
+  describe: string[]
+  /** Resolves with the reason when a part died that cannot be started again. */
+  failed: Promise<string>
+  stop(): Promise<void>
+}
+
+/** @throws OperatorError when a part cannot be started; what had been started is stopped again */
+export async function startStack(options: StackOptions): Promise<Stack> {
+  const dataDir = resolve(options.dataDir)
+  mkdirSync(dataDir, { recursive: true, mode: 0o755 })
+  const release = await takeFolder(dataDir)
+  const started: { stop(): Promise<void> }[] = []
+  const stop = async () => {
+    for (const part of started.reverse().splice(0)) await part.stop()
+    await release()
+  }
+  try {
+    const given = givenEnvironment()
+    const [redis, postgres] = await startStores(dataDir, options.say, given, started)
+    const redisUrl = redis?.url ?? given.REDIS_URL!
+    const databaseUrl = postgres?.url ?? given.DATABASE_URL!
+    for (const name of await migrate(databaseUrl, options.say)) options.say(`migrated ${name}`)
+
+    const environment: Environment = {
+      ...options.defaults,
+      ...given,
+      REDIS_URL: redisUrl,
+      DATABASE_URL: databaseUrl,
+      INGEST_PORT: given.INGEST_PORT ?? String(await getPort({ port: 8080, host: '127.0.0.1' })),
+      SINK_METRICS_PORT: given.SINK_METRICS_PORT ?? String(await getPort({ port: 9464, host: '127.0.0.1' })),
+    }
+    readConfig(environment) // a wrong setting is told here, not in a child's log
+    const [ingest, sink] = await Promise.all([
+      startService('ingest', dataDir, environment, options.say),
+      startService('sink', dataDir, environment, options.say),
+    ])
+    started.push(sink, ingest) // ingest stops first: what it still takes in, the sink still writes
+    await writeFile(
+      join(dataDir, 'up.json'),
+      JSON.stringify({ pid: process.pid, REDIS_URL: redisUrl, DATABASE_URL: databaseUrl, ingestUrl: ingest.url }),
+    )
+    return {
+      redisUrl,
+      databaseUrl,
+      ingestUrl: ingest.url,
+      sinkUrl: sink.url,
+      pids: {
+        ingest: ingest.pid(),
+        sink: sink.pid(),
+        ...(redis ? { redis: redis.pid } : {}),
+        ...(postgres ? { postgres: postgres.pid } : {}),
+      },
+      describe: [
+        `ingest      ${ingest.url}, WebSocket ${ingest.url.replace('http', 'ws')}/v1/stream`,
+        `sink        ${sink.url}/metrics`,
+        `PostgreSQL  ${databaseUrl}${postgres ? `\n            ${postgres.describe}` : ''}`,
+        `Redis       ${redisUrl}${redis ? `\n            ${redis.describe}` : ''}`,
+        `logs        ${join(dataDir, 'ingest.log')}, ${join(dataDir, 'sink.log')}`,
+      ],
+      failed: Promise.race(
+        [ingest.failed, sink.failed, redis?.exited, postgres?.exited].filter((promise) => promise !== undefined),
+      ),
+      stop,
+    }
+  } catch (error) {
+    await stop()
+    throw error
+  }
+}
+
+/** The URLs of a `calltape up` that runs on this folder, for commands that look into its stores. */
+export function runningStack(dataDir: string): Environment {
+  try {
+    const { pid, REDIS_URL, DATABASE_URL } = JSON.parse(readFileSync(join(dataDir, 'up.json'), 'utf8'))
+    return isAlive(pid) ? { REDIS_URL, DATABASE_URL } : {}
+  } catch {
+    return {} // none was started here
+  }
+}
+
+/** Two stacks on one folder would run two servers on the same data. */
+async function takeFolder(dataDir: string): Promise<() => Promise<void>> {
+  const file = join(dataDir, 'up.pid')
+  const release = () => rm(file, { force: true })
+  for (;;) {
+    try {
+      await writeFile(file, String(process.pid), { flag: 'wx' })
+      return async () => {
+        await rm(join(dataDir, 'up.json'), { force: true })
+        await release()
+      }
+    } catch (error) {
+      if ((error as NodeJS.ErrnoException).code !== 'EEXIST') throw error
+    }
+    const pid = Number(readFileSync(file, 'utf8'))
+    if (isAlive(pid))
+      throw new OperatorError(`calltape already runs on ${dataDir} (process ${pid}): stop it, or choose --data`)
+    await release() // its process was killed
+  }
+}
+
+function isAlive(pid: number): boolean {
+  try {
+    return pid > 0 && process.kill(pid, 0)
+  } catch {
+    return false
+  }
+}
+
+async function startStores(
+  dataDir: string,
+  say: (line: string) => void,
+  given: Environment,
+  started: { stop(): Promise<void> }[],
+): Promise<[LocalServer | undefined, LocalServer | undefined]> {
+  const start = async (starting: Promise<LocalServer> | undefined) => {
+    const server = await starting
+    if (server) started.push(server)
+    return server
+  }
+  const results = await Promise.allSettled([
+    start(given.REDIS_URL ? undefined : startRedis({ dataDir: join(dataDir, 'redis'), port: REDIS_PORT, say })),
+    start(
+      given.DATABASE_URL ? undefined : startPostgres({ dataDir: join(dataDir, 'postgres'), port: POSTGRES_PORT, say }),
+    ),
+  ])
+  // Only once both have come to an end, so that the one that did start is known and can be stopped.
+  for (const result of results) {
+    if (result.status === 'rejected')
+      throw new OperatorError((result.reason as Error).message, { cause: result.reason })
+  }
+  return results.map((result) => (result as PromiseFulfilledResult<LocalServer | undefined>).value) as [
+    LocalServer | undefined,
+    LocalServer | undefined,
+  ]
+}
+
+interface Service {
+  url: string
+  pid(): number
+  failed: Promise<string>
+  stop(): Promise<void>
+}
+
+async function startService(
+  name: 'ingest' | 'sink',
+  dataDir: string,
+  environment: Environment,
+  say: (line: string) => void,
+): Promise<Service> {
+  const logFile = join(dataDir, `${name}.log`)
+  let stopping = false
+  let restarts = 0
+  let child: ChildProcess
+  let fail = (_reason: string) => {}
+  const failed = new Promise<string>((resolve) => {
+    fail = resolve
+  })
+
+  const launch = async (): Promise<string> => {
+    const log = openSync(logFile, 'a')
+    child = fork(join(PACKAGE_ROOT, 'dist/cli/calltape.js'), [name], {
+      env: childEnvironment(environment),
+      stdio: ['ignore', log, log, 'ipc'],
+      detached: true, // Ctrl-C is for us: we stop the parts in their order
+    })
+    const url = await new Promise<string>((resolve, reject) => {
+      child.once('message', (message) => resolve((message as { url: string }).url))
+      child.once('exit', () => reject(new OperatorError(`${name} did not start:\n${lastLines(logFile)}`)))
+      child.once('error', reject)
+    })
+    child.once('exit', (code, signal) => {
+      if (!stopping) void restart(signal ?? `exit code ${code}`)
+    })
+    return url
+  }
+  const restart = async (reason: string) => {
+    if (++restarts > MAX_RESTARTS) return fail(`${name} died ${restarts} times: ${reason}\n${lastLines(logFile)}`)
+    say(`${name} died (${reason}); starting it again`)
+    await sleep(RESTART_PAUSE_MS)
+    if (!stopping) await launch().catch((error: Error) => fail(error.message))
+  }
+
+  const url = await launch()
+  return {
+    url,
+    pid: () => child.pid!,
+    failed,
+    async stop() {
+      stopping = true
+      if (child.exitCode !== null || child.signalCode !== null) return
+      const exited = new Promise((resolve) => child.once('exit', resolve))
+      child.kill('SIGTERM')
+      await Promise.race([exited, sleep(15_000).then(() => child.kill('SIGKILL'))])
+    },
+  }
+}
+
+function lastLines(file: string): string {
+  return readFileSync(file, 'utf8').trim().split('\n').slice(-8).join('\n')
+}

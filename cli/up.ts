@@ -1,0 +1,32 @@
+/** `calltape up`: everything in one go, until Ctrl-C. */
+import { OperatorError, readConfig } from '../shared/config.js'
+import { startStack } from './stack.js'
+
+/** @param options.data the folder for the stores' data and the logs */
+export async function up(options: { data: string }): Promise<void> {
+  const say = (line: string) => console.error(line)
+  const interrupted = new Promise<undefined>((resolve) => {
+    for (const signal of ['SIGINT', 'SIGTERM']) process.once(signal, () => resolve(undefined))
+  })
+  const stack = await startStack({ dataDir: options.data, say })
+  const auth = readConfig().INGEST_TOKENS.length > 0 ? ` -H "Authorization: Bearer \${INGEST_TOKENS%%,*}"` : ''
+  console.log(`calltape is up.
+
+  ${stack.describe.join('\n  ')}
+
+Send a first event:
+
+  curl -s ${stack.ingestUrl}/v1/events -H 'Content-Type: application/json'${auth} \\
+    -d '[{"type":"turn","call_sid":"my-first-call","seq":0,"speaker":"customer","text":"Hello, can you hear me?"},{"type":"call.ended","call_sid":"my-first-call","turn_count":1}]'
+
+and see where it is:
+
+  npx calltape show my-first-call
+
+Ctrl-C stops everything; the next start finds its data.`)
+  const reason = await Promise.race([stack.failed, interrupted])
+  if (reason === undefined) say('\nstopping …')
+  await stack.stop()
+  if (reason !== undefined) throw new OperatorError(reason)
+  say('stopped')
+}

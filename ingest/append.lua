@@ -1,0 +1,83 @@
+#!lua
+-- append: puts events into their calls' streams and tells the sinks. All of it or, when it has been done before, none of it.
+--
+-- KEYS  [1] producer key: the last batch of this producer that was applied
+--       [2] wake channel
+--       then for each partition in the batch: ready, leased, open
+--       then for each call in the batch: stream, session
+-- ARGV  [1] the batch's number (1, 2, 3 … for a producer)
+--       [2] number of partitions in the batch
+--       then for each call: call_sid
+--                           index of its partition among those above, from 1
+--                           ms until the call is presumed over if nothing more arrives; 0: it has ended
+--                           bytes of its events
+--                           number of events, then each event's JSON
+--                           number of session fields and values, then field, value, field, value …
+-- Reply  the calls that could not be appended to, as {index of the call from 1, error}; empty when all is well.
+--        'GAP' when an earlier batch of this producer is missing: send that one first.
+local last = tonumber(redis.call('GET', KEYS[1]) or '')
+local batch = tonumber(ARGV[1])
+if last and batch <= last then return {} end
+if last and batch > last + 1 then return redis.error_reply('GAP batch ' .. last + 1 .. ' has not been applied') end
+
+local END_STATUS = { completed = true, busy = true, failed = true, ['no-answer'] = true, canceled = true }
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local partitions = tonumber(ARGV[2])
+local call_key = 3 + 3 * partitions
+local arg = 3
+local refused = {}
+local woken = {}
+
+-- Counts and appends a call's events. An error (a key that is something else than ours) touches nothing and is returned:
+-- it must not stop the other calls of the batch, nor make the whole batch be tried again for ever.
+local function append_events(stream, session, bytes, first, count)
+  local total = redis.pcall('HINCRBY', session, 'bytes', bytes)
+  if type(total) == 'table' then return total.err end
+  for i = first, first + count - 1 do
+    local id = redis.pcall('XADD', stream, '*', 'e', ARGV[i])
+    if type(id) == 'table' then return id.err end
+  end
+  -- The counter started at what was just added: this was the call's first entry.
+  if total == tonumber(bytes) then redis.pcall('XGROUP', 'CREATE', stream, 'sink', '0') end
+end
+
+-- The session keeps an end status once it has one, whatever order callbacks arrive in.
+local function set_session(session, first, count)
+  for i = first, first + count - 1, 2 do
+    if ARGV[i] ~= 'status' or END_STATUS[ARGV[i + 1]] or not END_STATUS[redis.call('HGET', session, 'status')] then
+      redis.call('HSET', session, ARGV[i], ARGV[i + 1])
+    end
+  end
+end
+
+local index = 0
+while arg <= #ARGV do
+  index = index + 1
+  local sid, due, bytes, events = ARGV[arg], tonumber(ARGV[arg + 2]), ARGV[arg + 3], tonumber(ARGV[arg + 4])
+  local partition_key = 3 + 3 * (tonumber(ARGV[arg + 1]) - 1)
+  local ready, leased, open = KEYS[partition_key], KEYS[partition_key + 1], KEYS[partition_key + 2]
+  local stream, session = KEYS[call_key], KEYS[call_key + 1]
+  local fields = arg + 5 + events
+  local field_count = tonumber(ARGV[fields])
+
+  local err = append_events(stream, session, bytes, arg + 5, events)
+  if err then
+    refused[#refused + 1] = { index, err }
+  else
+    set_session(session, fields + 1, field_count)
+    if due > 0 then redis.call('ZADD', open, now + due, sid) else redis.call('ZREM', open, sid) end
+    -- News of a leased call is found by settle, which looks behind what was committed.
+    if not redis.call('ZSCORE', leased, sid) and redis.call('ZADD', ready, 'NX', now, sid) == 1 then
+      -- A partition that had ready calls before has woken its sink already.
+      if redis.call('ZCARD', ready) == 1 then woken[#woken + 1] = string.match(ready, '{(%d+)}') end
+    end
+  end
+  call_key = call_key + 2
+  arg = fields + field_count + 1
+end
+
+-- Kept long enough for any retry; a producer's id is never used again.
+redis.call('SET', KEYS[1], ARGV[1], 'EX', 86400)
+if #woken > 0 then redis.call('SPUBLISH', KEYS[2], table.concat(woken, ',')) end
+return refused

@@ -1,0 +1,312 @@
+/**
+ * append: group commit into Redis. What arrived since the last flush goes out in one script call per lane, a few in
+ * flight; when nothing is in flight it goes at once, never on a timer alone.
+ *
+ * What must hold:
+ *  - the events of one call reach its stream in the order they were given;
+ *  - an event is settled (acked) only when Redis has executed its append;
+ *  - an append that is sent again, because its reply got lost, is applied once: batches are numbered, see append.lua.
+ */
+import { randomUUID } from 'node:crypto'
+import { setTimeout as sleep } from 'node:timers/promises'
+import { type CallEvent, END_STATUSES, Refusal } from '../shared/events.js'
+import type { PartitionKeys, Partitions } from '../shared/keys.js'
+import type { Logger } from '../shared/log.js'
+import type { IngestMetrics } from '../shared/metrics.js'
+import { isNoScript, type Lane, lanesOf, type RedisClient, Script } from '../shared/redis.js'
+
+const MAX_BATCH_EVENTS = 512
+const MAX_BATCH_BYTES = 1024 * 1024
+/** One batch that Redis executes and one that waits for it; more would only make batches smaller. */
+const MAX_IN_FLIGHT = 2
+/** For how long an ingest process's batch numbers must survive in case of a retry is fixed in append.lua. */
+const MAX_RETRY_PAUSE_MS = 1000
+
+const appendScript = new Script('ingest/append.lua')
+
+/** Whoever waits for an event: a WebSocket connection or an HTTP request. */
+export interface Origin {
+  /** @param refusal absent when the event is stored */
+  settle(position: number, refusal?: Refusal): void
+  /** Called after each flush that settled some of its events. */
+  settled(): void
+}
+
+interface CallBatch {
+  partition: PartitionKeys
+  bytes: number
+  payloads: string[]
+  origins: Origin[]
+  positions: number[]
+  session: string[]
+  due: number
+}
+
+interface Batch {
+  number: number
+  events: number
+  bytes: number
+  calls: Map<string, CallBatch>
+  sent: boolean
+}
+
+export interface AppenderOptions {
+  idleTimeoutMs: number
+  disconnectGraceMs: number
+  maxQueueBytes: number
+  /** Runs right behind each append on the same connection, and must succeed before its events count as stored. */
+  confirm?: (client: RedisClient) => Promise<void>
+}
+
+/** The events of one lane, in numbered batches. */
+class LaneQueue {
+  /** In order; the first ones are in flight, the last one is still being filled. */
+  private readonly batches: Batch[] = []
+  private inFlight = 0
+  private nextNumber = 1
+  private failing = false
+  private readonly producerKey: string
+
+  constructor(
+    private readonly lane: Lane,
+    private readonly client: RedisClient,
+    private readonly appender: Appender,
+    producer: string,
+  ) {
+    this.producerKey = lane.partitions[0]!.producerPrefix + producer
+  }
+
+  /** The batch that takes `bytes` more. */
+  open(bytes: number): Batch {
+    const last = this.batches.at(-1)
+    if (last && !last.sent && last.events < MAX_BATCH_EVENTS && last.bytes + bytes <= MAX_BATCH_BYTES) return last
+    const batch = { number: this.nextNumber++, events: 0, bytes: 0, calls: new Map(), sent: false }
+    this.batches.push(batch)
+    return batch
+  }
+
+  get isEmpty(): boolean {
+    return this.batches.length === 0
+  }
+
+  flush(): void {
+    for (const batch of this.batches) {
+      if (this.failing || this.inFlight >= MAX_IN_FLIGHT) return
+      if (!batch.sent) void this.send(batch)
+    }
+  }
+
+  private async send(batch: Batch): Promise<void> {
+    batch.sent = true
+    this.inFlight++
+    const started = performance.now()
+    const { keys, args } = this.encode(batch)
+    try {
+      const [reply] = await Promise.all([
+        appendScript.runLoaded(this.client, keys, args),
+        this.appender.options.confirm?.(this.client),
+      ])
+      this.batches.splice(this.batches.indexOf(batch), 1)
+      this.appender.applied(batch, reply as [number, string][], (performance.now() - started) / 1000)
+    } catch (error) {
+      batch.sent = false
+      if (!this.failing) {
+        this.failing = true
+        void this.recover(error as Error)
+      }
+    }
+    this.inFlight--
+    this.flush()
+  }
+
+  /**
+   * Nothing is known of a failed batch, and those behind it may have failed or not. Once none is in flight, all that are
+   * left are sent again in order; those that had been applied are recognised by their number.
+   */
+  private async recover(error: Error): Promise<void> {
+    let lastError: Error = error
+    for (let pause = 10; ; pause = Math.min(pause * 2, MAX_RETRY_PAUSE_MS)) {
+      this.appender.failed(lastError)
+      if (!isNoScript(lastError)) await sleep(pause * (0.5 + Math.random() / 2))
+      while (this.inFlight > 0) await sleep(1)
+      try {
+        await appendScript.load(this.client)
+        break
+      } catch (loadError) {
+        lastError = loadError as Error
+      }
+    }
+    this.failing = false
+    this.flush()
+  }
+
+  /** KEYS and ARGV of append.lua. */
+  private encode(batch: Batch): { keys: string[]; args: (string | number)[] } {
+    const keys = [this.producerKey, this.lane.wake]
+    const callKeys: string[] = []
+    const calls: (string | number)[] = []
+    const partitions = new Map<PartitionKeys, number>()
+    for (const [sid, call] of batch.calls) {
+      let index = partitions.get(call.partition)
+      if (index === undefined) {
+        index = partitions.size + 1
+        partitions.set(call.partition, index)
+        keys.push(call.partition.ready, call.partition.leased, call.partition.open)
+      }
+      callKeys.push(call.partition.streamPrefix + sid, call.partition.sessionPrefix + sid)
+      calls.push(sid, index, call.due, call.bytes, call.payloads.length)
+      for (const payload of call.payloads) calls.push(payload)
+      calls.push(call.session.length)
+      for (const field of call.session) calls.push(field)
+    }
+    for (const key of callKeys) keys.push(key)
+    const args: (string | number)[] = [batch.number, partitions.size]
+    for (const arg of calls) args.push(arg)
+    return { keys, args }
+  }
+}
+
+export class Appender {
+  private readonly lanes: LaneQueue[]
+  private flushScheduled = false
+  private queuedBytes = 0
+  private queuedEvents = 0
+  private oldestFailure: number | undefined
+  private lastError = ''
+
+  constructor(
+    client: RedisClient,
+    private readonly partitions: Partitions,
+    readonly options: AppenderOptions,
+    private readonly metrics: IngestMetrics,
+    private readonly log: Logger,
+  ) {
+    const producer = randomUUID()
+    this.lanes = lanesOf(client, partitions).map((lane) => new LaneQueue(lane, client, this, producer))
+  }
+
+  /** True when no more should be taken in until Redis has caught up. */
+  get isFull(): boolean {
+    return this.queuedBytes > this.options.maxQueueBytes
+  }
+
+  /** Since when (ms epoch) appends have been failing, and why; undefined when they succeed. */
+  get failure(): { since: number; error: string } | undefined {
+    return this.oldestFailure === undefined ? undefined : { since: this.oldestFailure, error: this.lastError }
+  }
+
+  /**
+   * Takes one event; `origin.settle(position)` is called once it is stored.
+   *
+   * @param payload the event's JSON, as it goes into the stream
+   */
+  append(event: CallEvent, payload: string, origin: Origin, position: number): void {
+    const partition = this.partitions.of(event.call_sid)
+    const lane = this.lanes.length === 1 ? this.lanes[0]! : this.lanes[partition.partition]!
+    // A UTF-16 unit takes one to three bytes; an estimate is good enough for limits, and cheaper than measuring.
+    const bytes = payload.length
+    const batch = lane.open(bytes)
+    let call = batch.calls.get(event.call_sid)
+    if (!call) {
+      const due = this.options.idleTimeoutMs
+      call = { partition, bytes: 0, payloads: [], origins: [], positions: [], session: [], due }
+      batch.calls.set(event.call_sid, call)
+    }
+    call.payloads.push(payload)
+    call.origins.push(origin)
+    call.positions.push(position)
+    call.bytes += bytes
+    batch.bytes += bytes
+    batch.events++
+    this.queuedBytes += bytes
+    this.queuedEvents++
+    this.noteSession(call, event)
+    if (!this.flushScheduled) {
+      this.flushScheduled = true
+      // After this turn of the event loop: whatever else its sockets brought goes into the same flush.
+      setImmediate(() => {
+        this.flushScheduled = false
+        for (const each of this.lanes) each.flush()
+      })
+    }
+  }
+
+  /** What the live session shows, and when the call will be presumed over. */
+  private noteSession(call: CallBatch, event: CallEvent): void {
+    call.due = this.options.idleTimeoutMs
+    switch (event.type) {
+      case 'turn':
+        break
+      case 'call.started':
+        note(call.session, event, ['direction', 'from', 'to', 'provider'])
+        call.session.push('started_at', String(event.ts ?? Date.now()))
+        break
+      case 'call.status':
+        note(call.session, event, ['status', 'duration_seconds', 'recording_url'])
+        // The call is over; its `call.ended` should follow soon.
+        if (END_STATUSES.has(event.status ?? '')) call.due = this.options.disconnectGraceMs
+        break
+      case 'call.data':
+        note(call.session, event, ['stage'])
+        break
+      case 'call.ended':
+        note(call.session, event, ['reason', 'outcome', 'turn_count', 'duration_seconds', 'recording_url'])
+        call.session.push('ended', '1')
+        call.due = 0
+        break
+      case 'call.connected':
+      case 'call.disconnected':
+        call.session.push('connection', event.type.slice('call.'.length))
+        if (event.type === 'call.disconnected') call.due = this.options.disconnectGraceMs
+    }
+  }
+
+  applied(batch: Batch, refused: [number, string][], seconds: number): void {
+    this.oldestFailure = undefined
+    const refusals = new Map(refused)
+    const waiting = new Set<Origin>()
+    let index = 0
+    for (const call of batch.calls.values()) {
+      index++
+      const error = refusals.get(index)
+      const refusal = error === undefined ? undefined : new Refusal('not_stored', `Redis refused the event: ${error}`)
+      if (refusal) this.metrics.refused.inc({ code: refusal.code }, call.payloads.length)
+      else this.metrics.accepted.inc(call.payloads.length)
+      for (let i = 0; i < call.origins.length; i++) {
+        const origin = call.origins[i]!
+        origin.settle(call.positions[i]!, refusal)
+        waiting.add(origin)
+      }
+    }
+    this.queuedBytes -= batch.bytes
+    this.queuedEvents -= batch.events
+    this.metrics.flushEvents.observe(batch.events)
+    this.metrics.flushSeconds.observe(seconds)
+    for (const origin of waiting) origin.settled()
+  }
+
+  failed(error: Error): void {
+    this.oldestFailure ??= Date.now()
+    this.lastError = error.message
+    this.metrics.flushFailures.inc()
+    if (!isNoScript(error))
+      this.log.warn({ err: error.message, queued: this.queuedEvents }, 'append failed, will retry')
+  }
+
+  /** Resolves when all that was taken is stored. */
+  async drain(): Promise<void> {
+    while (!this.lanes.every((lane) => lane.isEmpty)) await sleep(2)
+  }
+
+  observe(): void {
+    this.metrics.queuedEvents.set(this.queuedEvents)
+    this.metrics.queuedBytes.set(this.queuedBytes)
+  }
+}
+
+function note<E extends object>(session: string[], event: E, fields: (keyof E & string)[]): void {
+  for (const field of fields) {
+    const value = event[field]
+    if (value !== undefined) session.push(field, String(value))
+  }
+}

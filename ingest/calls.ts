@@ -1,0 +1,92 @@
+/** The live session of calls, as Redis has it. Reads pages, never all calls in one command. */
+import { GROUP, type PartitionKeys, type Partitions } from '../shared/keys.js'
+import type { RedisClient } from '../shared/redis.js'
+
+export interface LiveCall {
+  call_sid: string
+  /** What the producers said of the call, as strings: status, direction, from, to, provider, stage, outcome, … */
+  session: Record<string, string>
+  /** Events in the stream. */
+  events: number
+  /** Of these, how many are not committed to PostgreSQL yet; null when Redis cannot say. */
+  behind: number | null
+  /** Epoch milliseconds. */
+  last_event_at: number | null
+}
+
+/** @returns undefined when Redis knows nothing of the call */
+export async function readLiveCall(
+  client: RedisClient,
+  partitions: Partitions,
+  callSid: string,
+): Promise<LiveCall | undefined> {
+  const keys = partitions.of(callSid)
+  const stream = keys.streamPrefix + callSid
+  const [session, events, last, groups] = await Promise.all([
+    client.hgetall(keys.sessionPrefix + callSid),
+    client.xlen(stream),
+    client.xrevrange(stream, '+', '-', 'COUNT', 1),
+    client.xinfo('GROUPS', stream).catch(ignoreNoStream),
+  ])
+  if (events === 0 && Object.keys(session).length === 0) return undefined
+  const { bytes: _bytes, lapses: _lapses, ...shown } = session
+  const lastId = last[0]?.[0]
+  return {
+    call_sid: callSid,
+    session: shown,
+    events,
+    behind: groupLag(groups as unknown[]),
+    last_event_at: lastId === undefined ? null : Number.parseInt(lastId, 10),
+  }
+}
+
+export interface CallPage {
+  calls: LiveCall[]
+  /** Give it as `cursor` for the next page; null after the last one. */
+  next: string | null
+}
+
+/**
+ * A page of the calls that have not ended, in no particular order. A call that begins or ends meanwhile may be missing, or
+ * come twice.
+ *
+ * @param cursor '' for the first page
+ * @returns undefined when the cursor is not one of ours
+ */
+export async function listOpenCalls(
+  client: RedisClient,
+  partitions: Partitions,
+  cursor: string,
+  limit: number,
+): Promise<CallPage | undefined> {
+  const [, partitionText, scanText] = /^(\d{1,4})\.(\d{1,20})$/.exec(cursor || '0.0') ?? []
+  let partition = Number(partitionText ?? -1)
+  let scan = scanText ?? '0'
+  if (!partitions.all[partition]) return undefined
+  const found: string[] = []
+  while (found.length < limit && partition < partitions.all.length) {
+    const keys = partitions.all[partition] as PartitionKeys
+    const [next, members] = await client.zscan(keys.open, scan, 'COUNT', limit - found.length)
+    for (let i = 0; i < members.length; i += 2) found.push(members[i]!)
+    scan = next
+    if (next === '0') partition++
+  }
+  const calls = await Promise.all(found.map((sid) => readLiveCall(client, partitions, sid)))
+  const next = partition < partitions.all.length ? `${partition}.${scan}` : null
+  return { calls: calls.filter((call) => call !== undefined), next }
+}
+
+function ignoreNoStream(error: Error): unknown[] {
+  if (error.message.includes('no such key')) return []
+  throw error
+}
+
+/** @param groups the reply of XINFO GROUPS: a flat list of names and values for each group */
+function groupLag(groups: unknown[]): number | null {
+  for (const group of groups as unknown[][]) {
+    const info = new Map<unknown, unknown>()
+    for (let i = 0; i + 1 < group.length; i += 2) info.set(group[i], group[i + 1])
+    if (info.get('name') === GROUP) return typeof info.get('lag') === 'number' ? (info.get('lag') as number) : null
+  }
+  return null
+}

@@ -1,0 +1,141 @@
+/** The ingest process: accept → parse → append → ack. */
+import { type Config, OperatorError } from '../shared/config.js'
+import { parseEvent, Refusal } from '../shared/events.js'
+import type { Logger } from '../shared/log.js'
+import { createIngestMetrics } from '../shared/metrics.js'
+import { connectRedis, openPartitions } from '../shared/redis.js'
+import { Appender } from './append.js'
+import { listOpenCalls, readLiveCall } from './calls.js'
+import { durabilityCheck } from './durability.js'
+import { type Answer, postEvents, problem } from './http.js'
+import { listen, type Routes } from './server.js'
+import { StreamConnection } from './stream.js'
+
+export interface Ingest {
+  /** Where it listens: http://host:port or https://host:port */
+  url: string
+  /** Stops accepting, stores what was accepted, acks it, closes the connections with 1001. */
+  stop(): Promise<void>
+}
+
+/** Appends that fail for longer make the process unready, so that a balancer sends producers elsewhere. */
+const UNREADY_AFTER_MS = 5000
+const LOOPBACK = new Set(['127.0.0.1', '::1', 'localhost'])
+
+/** @throws OperatorError when the configuration does not allow to start, or Redis cannot be used */
+export async function startIngest(config: Config, log: Logger): Promise<Ingest> {
+  const host = listenHost(config)
+  const redis = await connectRedis(config.REDIS_URL, log)
+  try {
+    const partitions = await openPartitions(redis, config.PARTITIONS)
+    const confirm = await durabilityCheck(redis, config.DURABILITY)
+    const metrics = createIngestMetrics()
+    const appender = new Appender(
+      redis,
+      partitions,
+      {
+        idleTimeoutMs: config.IDLE_TIMEOUT * 1000,
+        disconnectGraceMs: Math.max(1, config.DISCONNECT_GRACE * 1000), // 0 would mean "has ended"
+        maxQueueBytes: config.MAX_QUEUE_BYTES,
+        ...(confirm ? { confirm } : {}),
+      },
+      metrics,
+      log,
+    )
+    let stopping = false
+
+    const routes: Routes = {
+      stream(socket, query) {
+        const boundTo = query.get('call_sid') ?? undefined
+        if (boundTo !== undefined) {
+          const check = parseEvent({ type: 'call.ended', call_sid: boundTo })
+          if (check instanceof Refusal) return problem('400 Bad Request', check.code, check.message)
+        }
+        metrics.connections.inc()
+        const options = { window: config.WINDOW, maxMessageBytes: config.MAX_MESSAGE_BYTES }
+        const connection = new StreamConnection(socket, boundTo, appender, options, metrics)
+        return {
+          opened: () => connection.opened(),
+          accept: (text) => connection.accept(text),
+          closed: (code) => {
+            metrics.connections.dec()
+            connection.closed(code)
+          },
+        }
+      },
+      postEvents: (contentType, body) => postEvents(contentType, body, appender, metrics),
+      async listCalls(query) {
+        const limit = Number(query.get('limit') ?? 100)
+        if ((query.get('state') ?? 'active') !== 'active') return badQuery('state wants active')
+        if (!Number.isInteger(limit) || limit < 1 || limit > 1000)
+          return badQuery('limit wants an integer from 1 to 1000')
+        const page = await listOpenCalls(redis, partitions, query.get('cursor') ?? '', limit)
+        return page ? { status: '200 OK', body: page } : badQuery('cursor wants what `next` of the page before was')
+      },
+      async getCall(callSid) {
+        const call = await readLiveCall(redis, partitions, callSid)
+        return call
+          ? { status: '200 OK', body: call }
+          : problem('404 Not Found', 'unknown_call', 'Redis has no such call')
+      },
+      async metrics() {
+        appender.observe()
+        const { registry } = metrics
+        return { status: '200 OK', headers: { 'Content-Type': registry.contentType }, body: await registry.metrics() }
+      },
+      ready() {
+        const { failure } = appender
+        if (stopping) return problem('503 Service Unavailable', 'stopping', 'the process is stopping')
+        if (redis.status !== 'ready') return problem('503 Service Unavailable', 'redis', `Redis: ${redis.status}`)
+        if (failure && Date.now() - failure.since > UNREADY_AFTER_MS) {
+          return problem('503 Service Unavailable', 'no_progress', `Redis stores nothing: ${failure.error}`)
+        }
+        return { status: '200 OK', body: { status: 'ready' } }
+      },
+    }
+
+    const tls = config.TLS_CERT_FILE && config.TLS_KEY_FILE
+    const server = await listen(
+      {
+        host,
+        port: config.INGEST_PORT,
+        tokens: config.INGEST_TOKENS,
+        maxMessageBytes: config.MAX_MESSAGE_BYTES,
+        maxBodyBytes: config.MAX_BODY_BYTES,
+        ...(tls ? { tls: { cert: config.TLS_CERT_FILE!, key: config.TLS_KEY_FILE! } } : {}),
+      },
+      routes,
+    )
+    const url = `${tls ? 'https' : 'http'}://${host.includes(':') ? `[${host}]` : host}:${server.port}`
+    log.info({ url, partitions: partitions.all.length, durability: config.DURABILITY }, 'ingest listens')
+    return {
+      url,
+      async stop() {
+        stopping = true
+        server.stopListening()
+        await appender.drain()
+        server.closeConnections()
+        await appender.drain() // closing bound connections records that they closed
+        redis.disconnect()
+        log.info('ingest stopped')
+      },
+    }
+  } catch (error) {
+    redis.disconnect()
+    throw error
+  }
+}
+
+function badQuery(message: string): Answer {
+  return problem('400 Bad Request', 'invalid_query', message)
+}
+
+/** Without tokens anybody who can reach the port can write calls: then only this machine may reach it. */
+function listenHost(config: Config): string {
+  const authenticated = config.INGEST_TOKENS.length > 0
+  const host = config.INGEST_HOST ?? (authenticated ? '0.0.0.0' : '127.0.0.1')
+  if (authenticated || config.ALLOW_UNAUTHENTICATED || LOOPBACK.has(host)) return host
+  throw new OperatorError(
+    `INGEST_HOST is ${host}, and anybody could write calls: set INGEST_TOKENS, or ALLOW_UNAUTHENTICATED=true if the network protects it`,
+  )
+}

@@ -1,0 +1,133 @@
+/**
+ * One `/v1/stream` connection: numbers its events, hands the good ones to the appender, refuses the bad ones by name, and
+ * acks cumulatively. Knows nothing of the WebSocket library: it is given a socket that can send and close.
+ */
+import { type CallEvent, parseEvent, Refusal } from '../shared/events.js'
+import type { IngestMetrics } from '../shared/metrics.js'
+import type { Appender, Origin } from './append.js'
+
+export interface Socket {
+  send(message: string): void
+  close(code: number, reason: string): void
+}
+
+export interface StreamOptions {
+  window: number
+  maxMessageBytes: number
+}
+
+export const CLOSE_GOING_AWAY = 1001
+export const CLOSE_OVERLOADED = 1013
+export const CLOSE_WINDOW_EXCEEDED = 4008
+
+export class StreamConnection implements Origin {
+  private received = 0
+  /** Every event up to here is settled. */
+  private through = 0
+  private acked = 0
+  /** Settled events beyond `through`: only while lanes finish in another order than events came. */
+  private readonly ahead = new Set<number>()
+  private open = true
+  private ended = false
+
+  constructor(
+    private readonly socket: Socket,
+    private readonly boundTo: string | undefined,
+    private readonly appender: Appender,
+    private readonly options: StreamOptions,
+    private readonly metrics: IngestMetrics,
+  ) {}
+
+  /** Greets the client. A bound connection is an event of its call: it makes the call known, or resumes it. */
+  opened(): void {
+    const { window, maxMessageBytes } = this.options
+    this.socket.send(JSON.stringify({ type: 'hello', protocol: 1, window, max_message_bytes: maxMessageBytes }))
+    if (this.boundTo) this.record({ type: 'call.connected', call_sid: this.boundTo, source: 'ingest' })
+  }
+
+  /** The end of a bound connection without `call.ended` is recorded in the stream, where the end of a call belongs. */
+  closed(code: number): void {
+    this.open = false
+    if (this.boundTo && !this.ended) {
+      this.record({
+        type: 'call.disconnected',
+        call_sid: this.boundTo,
+        source: 'ingest',
+        reason: `closed with ${code}`,
+      })
+    }
+  }
+
+  /** @param text one event or an array of events, as JSON; undefined for a message that is not text */
+  accept(text: string | undefined): void {
+    const message = text === undefined ? new Refusal('not_text', 'an event is sent as a text message') : parseJson(text)
+    if (message instanceof Refusal) {
+      this.refuse(++this.received, message) // what it held cannot be known: it counts as one event
+    } else if (Array.isArray(message)) {
+      for (const given of message) this.acceptEvent(given)
+    } else {
+      this.acceptEvent(message, text)
+    }
+    if (this.received - this.through > this.options.window) {
+      const reason = `more than ${this.options.window} events unacknowledged`
+      this.socket.close(CLOSE_WINDOW_EXCEEDED, reason)
+    } else if (this.appender.isFull) {
+      this.socket.close(
+        CLOSE_OVERLOADED,
+        'the stores cannot take more now: reconnect later and resend what was not acked',
+      )
+    }
+    this.sendAck()
+  }
+
+  private acceptEvent(given: unknown, text?: string): void {
+    const number = ++this.received
+    const parsed = parseEvent(given, this.boundTo)
+    if (parsed instanceof Refusal) {
+      this.refuse(number, parsed)
+      return
+    }
+    if (parsed.event.type === 'call.ended' && parsed.event.call_sid === this.boundTo) this.ended = true
+    const payload = text === undefined || parsed.changed ? JSON.stringify(parsed.event) : text
+    this.appender.append(parsed.event, payload, this, number)
+  }
+
+  private refuse(number: number, refusal: Refusal): void {
+    this.metrics.refused.inc({ code: refusal.code })
+    this.settle(number, refusal)
+  }
+
+  settle(number: number, refusal?: Refusal): void {
+    if (number === 0) return // an event of our own
+    if (refusal && this.open) this.socket.send(JSON.stringify({ type: 'error', event: number, ...refusal }))
+    if (number !== this.through + 1) {
+      this.ahead.add(number)
+      return
+    }
+    this.through = number
+    while (this.ahead.size > 0 && this.ahead.delete(this.through + 1)) this.through++
+  }
+
+  settled(): void {
+    this.sendAck()
+  }
+
+  private sendAck(): void {
+    if (this.through === this.acked || !this.open) return
+    this.acked = this.through
+    this.socket.send(`{"type":"ack","through":${this.through}}`)
+  }
+
+  private record(event: CallEvent): void {
+    this.appender.append(event, JSON.stringify(event), this, 0)
+  }
+}
+
+/** @returns what the text holds, or a Refusal: JSON.parse's own words say where it fails */
+export function parseJson(text: string): unknown {
+  try {
+    return JSON.parse(text)
+  } catch (error) {
+    return new Refusal('invalid_json', (error as Error).message)
+  }
+}

@@ -1,0 +1,81 @@
+/**
+ * The configuration: the one place that reads process.env. Every variable is validated at start; an error names the
+ * variable and what it wants. README.md has the same table for people.
+ */
+import { z } from 'zod'
+
+const number = (min: number, max: number) => z.coerce.number().int().min(min).max(max)
+const port = number(0, 65_535)
+const flag = z.enum(['true', 'false']).transform((v) => v === 'true')
+const list = z.string().transform((v) =>
+  v
+    .split(',')
+    .map((s) => s.trim())
+    .filter(Boolean),
+)
+
+const redisUrl = z.string().refine((v) => v.split(',').every((u) => /^rediss?:\/\/\S+$/.test(u.trim())), {
+  message: 'wants redis://[user:password@]host:port[/db] or rediss://…; several, comma-separated, for a Cluster',
+})
+const databaseUrl = z.string().refine((v) => /^postgres(ql)?:\/\/\S+$/.test(v), {
+  message: 'wants postgres://user:password@host:port/database',
+})
+
+const schema = z.object({
+  REDIS_URL: redisUrl.default('redis://127.0.0.1:6379'),
+  DATABASE_URL: databaseUrl.default('postgres://127.0.0.1:5432/calltape'),
+  INGEST_HOST: z.string().min(1).optional(),
+  INGEST_PORT: port.default(8080),
+  INGEST_TOKENS: list.default([]),
+  ALLOW_UNAUTHENTICATED: flag.default(false),
+  TLS_CERT_FILE: z.string().min(1).optional(),
+  TLS_KEY_FILE: z.string().min(1).optional(),
+  DURABILITY: z
+    .string()
+    .regex(/^(redis|fsync|replicas:[1-9]\d?)$/, { message: 'wants redis, fsync or replicas:N' })
+    .default('redis'),
+  PARTITIONS: number(1, 4096).default(64),
+  WINDOW: number(1, 1_000_000).default(4096),
+  MAX_MESSAGE_BYTES: number(1024, 64 * 1024 * 1024).default(1024 * 1024),
+  MAX_BODY_BYTES: number(1024, 512 * 1024 * 1024).default(16 * 1024 * 1024),
+  MAX_QUEUE_BYTES: number(1024 * 1024, 64 * 1024 * 1024 * 1024).default(256 * 1024 * 1024),
+  IDLE_TIMEOUT: number(1, 30 * 24 * 3600).default(1800),
+  DISCONNECT_GRACE: number(0, 24 * 3600).default(15),
+  SINK_METRICS_HOST: z.string().min(1).default('127.0.0.1'),
+  SINK_METRICS_PORT: port.default(9464),
+  SINK_WORKERS: number(1, 32).default(2),
+  BATCH_MAX_ROWS: number(1, 100_000).default(5000),
+  BATCH_MAX_BYTES: number(1024, 1024 * 1024 * 1024).default(8 * 1024 * 1024),
+  LEASE_SECONDS: number(1, 3600).default(15),
+  LOG_LEVEL: z.enum(['trace', 'debug', 'info', 'warn', 'error', 'fatal', 'silent']).default('info'),
+})
+
+export type Config = z.infer<typeof schema>
+export type Environment = Record<string, string | undefined>
+
+/** A configuration or a state of the stores that the operator has to change: reported without a stack, exit code 2. */
+export class OperatorError extends Error {}
+
+/** @throws OperatorError with a line for every variable that is wrong */
+export function readConfig(env: Environment = process.env): Config {
+  const result = schema.safeParse(givenEnvironment(env))
+  if (!result.success) {
+    const lines = result.error.issues.map((issue) => `${issue.path.join('.')}: ${issue.message}`)
+    throw new OperatorError(`the configuration is wrong:\n  ${lines.join('\n  ')}`)
+  }
+  const config = result.data
+  if (!config.TLS_CERT_FILE !== !config.TLS_KEY_FILE) {
+    throw new OperatorError('TLS_CERT_FILE and TLS_KEY_FILE: set both or neither')
+  }
+  return config
+}
+
+/** Those of our variables that are set, as they were given. */
+export function givenEnvironment(env: Environment = process.env): Environment {
+  return Object.fromEntries(Object.keys(schema.shape).flatMap((name) => (env[name] ? [[name, env[name]]] : [])))
+}
+
+/** The environment for a child process: ours, with `overrides`. */
+export function childEnvironment(overrides: Environment): Environment {
+  return { ...process.env, ...overrides }
+}

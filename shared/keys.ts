@@ -1,0 +1,77 @@
+/**
+ * Every Redis key. Calls hash into a fixed number of partitions, and every key of partition p carries the hash tag {p}:
+ * one Redis Cluster slot, so one script can touch all of a partition's keys atomically, on one node or on many.
+ *
+ *     ct:partitions         how many partitions there are; written at the very first start, checked at every start
+ *     ct:{p}:call:<sid>     the call's stream: one entry an event, field `e` holding its JSON; group `sink`, whose
+ *                           last-delivered-id is the last entry committed to PostgreSQL
+ *     ct:{p}:session:<sid>  hash: the live session (see append.lua)
+ *     ct:{p}:ready          zset: calls with uncommitted entries that no sink works on, by when the first of them arrived (ms)
+ *     ct:{p}:leased         zset: calls a sink works on, by lease deadline (ms)
+ *     ct:{p}:open           zset: calls that have not ended, by when they will be presumed over (ms)
+ *     ct:{p}:ended          zset: finalized calls, by when (ms)
+ *     ct:{p}:wake           channel: "these partitions have news", for sleeping sinks
+ *     ct:{p}:producer:<id>  the last batch applied of one ingest process, so that a retried append is not applied twice
+ */
+
+export const PARTITIONS_KEY = 'ct:partitions'
+export const GROUP = 'sink'
+export const EVENT_FIELD = 'e'
+
+export interface PartitionKeys {
+  readonly partition: number
+  readonly ready: string
+  readonly leased: string
+  readonly open: string
+  readonly ended: string
+  readonly wake: string
+  /** Put the call_sid behind it. */
+  readonly streamPrefix: string
+  /** Put the call_sid behind it. */
+  readonly sessionPrefix: string
+  /** Put the producer's id behind it. */
+  readonly producerPrefix: string
+}
+
+function partitionKeys(partition: number): PartitionKeys {
+  const tag = `ct:{${partition}}:`
+  return {
+    partition,
+    ready: `${tag}ready`,
+    leased: `${tag}leased`,
+    open: `${tag}open`,
+    ended: `${tag}ended`,
+    wake: `${tag}wake`,
+    streamPrefix: `${tag}call:`,
+    sessionPrefix: `${tag}session:`,
+    producerPrefix: `${tag}producer:`,
+  }
+}
+
+/** FNV-1a over the characters (a call_sid is ASCII), then murmur3's finalizer: FNV's low bits alone are uneven. */
+function hash(callSid: string): number {
+  let h = 0x811c9dc5
+  for (let i = 0; i < callSid.length; i++) h = Math.imul(h ^ callSid.charCodeAt(i), 0x01000193)
+  h = Math.imul(h ^ (h >>> 16), 0x85ebca6b)
+  h = Math.imul(h ^ (h >>> 13), 0xc2b2ae35)
+  return (h ^ (h >>> 16)) >>> 0
+}
+
+/** The keys of all partitions, and which partition a call is in. */
+export class Partitions {
+  readonly all: readonly PartitionKeys[]
+
+  constructor(count: number) {
+    this.all = Array.from({ length: count }, (_, p) => partitionKeys(p))
+  }
+
+  of(callSid: string): PartitionKeys {
+    return this.at(hash(callSid) % this.all.length)
+  }
+
+  at(partition: number): PartitionKeys {
+    const keys = this.all[partition]
+    if (!keys) throw new RangeError(`partition ${partition} of ${this.all.length}`)
+    return keys
+  }
+}

@@ -1,0 +1,148 @@
+/**
+ * The one place that constructs Redis clients, and what both ingest and sink need of Redis: the partition count, scripts,
+ * and the lanes along which scripts may run.
+ */
+import { createHash } from 'node:crypto'
+import { Cluster, Redis } from 'ioredis'
+import { OperatorError } from './config.js'
+import { PARTITIONS_KEY, type PartitionKeys, Partitions } from './keys.js'
+import type { Logger } from './log.js'
+import { readPackageFile } from './package-root.js'
+
+export type RedisClient = Redis | Cluster
+
+const MIN_VERSION = [7, 0] as const
+
+/**
+ * Connects and waits until the server answers. Afterwards it reconnects for ever, with backoff and jitter.
+ *
+ * A command fails at once when the connection breaks under it or is down: whether to send it again, and in which order,
+ * is for the caller to decide. (ioredis by itself sends everything again in its own order, after up to 20 reconnects.)
+ *
+ * @param url one URL, or several, comma-separated: the nodes of a Cluster
+ * @throws OperatorError when the first connection fails, or the server is older than 7.0
+ */
+export async function connectRedis(url: string, log: Logger): Promise<RedisClient> {
+  const urls = url.split(',').map((u) => u.trim())
+  const common = {
+    maxRetriesPerRequest: 0,
+    autoResendUnfulfilledCommands: false,
+    enableOfflineQueue: false,
+    lazyConnect: true,
+    protocol: 2 as const,
+  }
+  const retry = (times: number) => Math.min(50 * 2 ** Math.min(times, 6), 2000) * (0.5 + Math.random() / 2)
+  const first = new URL(urls[0] ?? '')
+  const client =
+    urls.length > 1
+      ? new Cluster(urls, {
+          lazyConnect: true,
+          enableOfflineQueue: false,
+          clusterRetryStrategy: retry,
+          redisOptions: {
+            ...common,
+            username: first.username || undefined,
+            password: decodeURIComponent(first.password) || undefined,
+            ...(first.protocol === 'rediss:' ? { tls: {} } : {}),
+          },
+        })
+      : new Redis(first.href, { ...common, retryStrategy: retry })
+  // ioredis reports each failed attempt as an event; without a listener it would print them by itself.
+  let lastError = ''
+  client.on('error', (error: Error) => {
+    if (error.message !== lastError) log.warn({ err: error.message }, 'redis connection')
+    lastError = error.message
+  })
+  client.on('ready', () => {
+    lastError = ''
+  })
+  try {
+    await client.connect()
+    await checkVersion(client)
+  } catch (error) {
+    client.disconnect()
+    if (error instanceof OperatorError) throw error
+    const host = urls.map((u) => new URL(u).host).join(',')
+    throw new OperatorError(`REDIS_URL: no Redis answers at ${host}: ${lastError || (error as Error).message}`)
+  }
+  return client
+}
+
+async function checkVersion(client: RedisClient): Promise<void> {
+  const version = /redis_version:(\d+)\.(\d+)/.exec(await client.info('server'))
+  const [major, minor] = [Number(version?.[1]), Number(version?.[2])]
+  if (major < MIN_VERSION[0] || (major === MIN_VERSION[0] && minor < MIN_VERSION[1])) {
+    throw new OperatorError(
+      `REDIS_URL: Redis ${major}.${minor} is too old, calltape needs ${MIN_VERSION.join('.')} or newer`,
+    )
+  }
+}
+
+/**
+ * The partition count is fixed at the first start: with another one, half of all calls would be looked for in the wrong place.
+ *
+ * @throws OperatorError when `wanted` differs from what this Redis was started with
+ */
+export async function openPartitions(client: RedisClient, wanted: number): Promise<Partitions> {
+  await client.setnx(PARTITIONS_KEY, wanted)
+  const found = Number(await client.get(PARTITIONS_KEY))
+  if (found !== wanted) {
+    throw new OperatorError(
+      `PARTITIONS is ${wanted}, but this Redis was started with ${found} (key ${PARTITIONS_KEY}). ` +
+        `Set PARTITIONS=${found}: the count decides where a call's data lies and cannot be changed later.`,
+    )
+  }
+  return new Partitions(found)
+}
+
+/** Partitions that one script call can touch together: all of them on a single Redis, one each in a Cluster (a slot each). */
+export interface Lane {
+  readonly partitions: readonly PartitionKeys[]
+  /** Sinks sleep on this channel. */
+  readonly wake: string
+}
+
+export function lanesOf(client: RedisClient, partitions: Partitions): Lane[] {
+  const groups = client instanceof Cluster ? partitions.all.map((p) => [p]) : [partitions.all]
+  return groups.map((group) => ({ partitions: group, wake: group[0]!.wake }))
+}
+
+/** A Lua script of ours, run by its hash. */
+export class Script {
+  private readonly source: string
+  private readonly sha: string
+
+  /** @param path below the package's root */
+  constructor(path: string) {
+    this.source = readPackageFile(path)
+    this.sha = createHash('sha1').update(this.source).digest('hex')
+  }
+
+  /** Runs it; a server that does not know it yet (new, restarted, failed over) is told its source. */
+  async run(client: RedisClient, keys: string[], args: (string | number)[]): Promise<unknown> {
+    try {
+      return await this.runLoaded(client, keys, args)
+    } catch (error) {
+      if (!isNoScript(error)) throw error
+      return await client.eval(this.source, keys.length, ...keys, ...args)
+    }
+  }
+
+  /**
+   * Runs it if the server knows it. For callers that keep several in flight: a fallback in between would run out of order.
+   *
+   * @throws ReplyError NOSCRIPT, see `isNoScript`; then `load` it
+   */
+  runLoaded(client: RedisClient, keys: string[], args: (string | number)[]): Promise<unknown> {
+    return client.evalsha(this.sha, keys.length, ...keys, ...args)
+  }
+
+  async load(client: RedisClient): Promise<void> {
+    const nodes = client instanceof Cluster ? client.nodes('master') : [client]
+    await Promise.all(nodes.map((node) => node.script('LOAD', this.source)))
+  }
+}
+
+export function isNoScript(error: unknown): boolean {
+  return error instanceof Error && error.message.startsWith('NOSCRIPT')
+}

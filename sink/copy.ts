@@ -1,0 +1,160 @@
+/**
+ * copy: turn rows as PostgreSQL's binary COPY format (https://www.postgresql.org/docs/current/sql-copy.html, "Binary
+ * Format"). Measured against the text format with 280-byte turns: 0.4 of the CPU here, 0.65 of the CPU in PostgreSQL,
+ * which has no numbers and times to parse. A column's type must be exactly the table's.
+ *
+ *     header   'PGCOPY\n\xff\r\n\0'  int32 flags  int32 extension length
+ *     row      int16 columns, then for each: int32 length (-1: null), value
+ *     trailer  int16 -1
+ */
+import type { TurnRow } from './decode.js'
+import { entryMs } from './decode.js'
+
+const HEADER = Buffer.from('PGCOPY\n\xff\r\n\0\0\0\0\0\0\0\0\0', 'latin1')
+const PG_EPOCH_MS = Date.UTC(2000, 0, 1)
+const TWO_32 = 2 ** 32
+/** Up to this many characters a loop over ASCII beats the call into Buffer.write. */
+const LOOP_MAX_CHARS = 40
+const COLUMNS = [
+  'call_sid',
+  'turn_id',
+  'seq',
+  'speaker',
+  'text',
+  'spoken_at',
+  'started_at',
+  'ended_at',
+  'confidence',
+  'language',
+  'interrupted',
+  'meta',
+  'stream_id',
+  'ingested_at',
+]
+
+/** The columns that `encodeTurns` writes, in its order. */
+export const TURN_COLUMNS = COLUMNS.join(', ')
+
+/** Writes values into a buffer that grows; the caller reserves room for a whole row at once. */
+class BinaryRows {
+  private buffer = Buffer.allocUnsafeSlow(1024 * 1024)
+  private view = new DataView(this.buffer.buffer)
+  private at = HEADER.copy(this.buffer)
+
+  /** @param chars of all strings in the row together; a UTF-16 unit takes at most three bytes */
+  startRow(chars: number): void {
+    this.reserve(2 + COLUMNS.length * 16 + chars * 3)
+    this.view.setInt16(this.at, COLUMNS.length)
+    this.at += 2
+  }
+
+  null(): void {
+    this.view.setInt32(this.at, -1)
+    this.at += 4
+  }
+
+  text(value: string): void {
+    const { length } = value
+    if (length > LOOP_MAX_CHARS) return this.longText(value)
+    const { buffer } = this
+    const start = this.at + 4
+    for (let i = 0; i < length; i++) {
+      const char = value.charCodeAt(i)
+      if (char > 127) return this.longText(value)
+      buffer[start + i] = char
+    }
+    this.view.setInt32(this.at, length)
+    this.at = start + length
+  }
+
+  private longText(value: string): void {
+    const bytes = this.buffer.write(value, this.at + 4)
+    this.view.setInt32(this.at, bytes)
+    this.at += 4 + bytes
+  }
+
+  int4(value: number): void {
+    this.view.setInt32(this.at, 4)
+    this.view.setInt32(this.at + 4, value)
+    this.at += 8
+  }
+
+  float4(value: number): void {
+    this.view.setInt32(this.at, 4)
+    this.view.setFloat32(this.at + 4, value)
+    this.at += 8
+  }
+
+  boolean(value: boolean): void {
+    this.view.setInt32(this.at, 1)
+    this.buffer[this.at + 4] = value ? 1 : 0
+    this.at += 5
+  }
+
+  /** Microseconds since 2000 as an int64. In two halves: BigInt costs more, and is needed only after the year 2285. */
+  timestamptz(ms: number): void {
+    this.view.setInt32(this.at, 8)
+    const micros = (ms - PG_EPOCH_MS) * 1000
+    if (Number.isSafeInteger(micros)) {
+      const high = Math.floor(micros / TWO_32)
+      this.view.setInt32(this.at + 4, high)
+      this.view.setUint32(this.at + 8, micros - high * TWO_32)
+    } else {
+      this.view.setBigInt64(this.at + 4, BigInt(ms - PG_EPOCH_MS) * 1000n)
+    }
+    this.at += 12
+  }
+
+  jsonb(json: string): void {
+    const bytes = this.buffer.write(json, this.at + 5)
+    this.view.setInt32(this.at, bytes + 1)
+    this.buffer[this.at + 4] = 1 // jsonb's wire version
+    this.at += 5 + bytes
+  }
+
+  end(): Buffer {
+    this.reserve(2)
+    this.view.setInt16(this.at, -1)
+    return this.buffer.subarray(0, this.at + 2)
+  }
+
+  private reserve(bytes: number): void {
+    const needed = this.at + bytes
+    if (needed <= this.buffer.length) return
+    const grown = Buffer.allocUnsafeSlow(Math.max(needed, this.buffer.length * 2))
+    this.buffer.copy(grown, 0, 0, this.at)
+    this.buffer = grown
+    this.view = new DataView(grown.buffer)
+  }
+}
+
+/** @returns what goes over COPY … FROM STDIN (FORMAT binary) for `TURN_COLUMNS` */
+export function encodeTurns(rows: readonly TurnRow[]): Buffer {
+  const out = new BinaryRows()
+  for (const { turn, turnId, streamId, meta } of rows) {
+    const strings = turn.call_sid.length + turnId.length + turn.speaker.length + turn.text.length + streamId.length
+    out.startRow(strings + (turn.language?.length ?? 0) + (meta?.length ?? 0))
+    out.text(turn.call_sid)
+    out.text(turnId)
+    if (turn.seq === undefined) out.null()
+    else out.int4(turn.seq)
+    out.text(turn.speaker)
+    out.text(turn.text)
+    out.timestamptz(turn.ts ?? entryMs(streamId))
+    if (turn.started_at === undefined) out.null()
+    else out.timestamptz(turn.started_at)
+    if (turn.ended_at === undefined) out.null()
+    else out.timestamptz(turn.ended_at)
+    if (turn.confidence === undefined) out.null()
+    else out.float4(turn.confidence)
+    if (turn.language === undefined) out.null()
+    else out.text(turn.language)
+    if (turn.interrupted === undefined) out.null()
+    else out.boolean(turn.interrupted)
+    if (meta === null) out.null()
+    else out.jsonb(meta)
+    out.text(streamId)
+    out.timestamptz(entryMs(streamId))
+  }
+  return out.end()
+}

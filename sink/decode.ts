@@ -1,0 +1,176 @@
+/** decode: stream entries into rows. What cannot be decoded becomes a quarantine row; it never stops its neighbours. */
+import { type CallEvent, idempotencyKey, parseEvent, Refusal, type Turn } from '../shared/events.js'
+import { EVENT_FIELD } from '../shared/keys.js'
+import type { Lease, Settlement } from './lease.js'
+
+/** As XREAD gives it: the id, and field, value, field, value … */
+export type Entry = [id: string, fields: string[]]
+
+export interface TurnRow {
+  turnId: string
+  turn: Turn
+  streamId: string
+  /** JSON for jsonb. */
+  meta: string | null
+}
+
+export interface EventRow {
+  callSid: string
+  eventId: string
+  type: string
+  occurredMs: number
+  /** JSON for jsonb. */
+  event: string
+  streamId: string
+}
+
+export interface QuarantineRow {
+  streamKey: string
+  entryId: string
+  reason: string
+  raw: string
+}
+
+/** A call whose row in call_sessions is to be written. */
+export interface CallRow {
+  callSid: string
+  /** Its earliest event in the batch, epoch ms. */
+  firstMs: number
+  /** Its latest event in the batch that somebody sent, epoch ms; null when calltape itself presumed the call over. */
+  lastMs: number | null
+  finalize: boolean
+}
+
+/** What one transaction stores. */
+export interface Batch {
+  turns: TurnRow[]
+  events: EventRow[]
+  calls: CallRow[]
+  quarantine: QuarantineRow[]
+  /** Some of it may be in PostgreSQL already. */
+  redelivered: boolean
+  settlements: Settlement[]
+  /** When its oldest entry arrived, epoch ms. */
+  oldestMs: number
+}
+
+export function emptyBatch(): Batch {
+  return { turns: [], events: [], calls: [], quarantine: [], redelivered: false, settlements: [], oldestMs: Infinity }
+}
+
+/** While a call is live its row's last_event_at may be this old: writing it for every turn would double the work. */
+const LAST_EVENT_GRAIN_MS = 10_000
+
+/** Adds one leased call and its entries to the batch. */
+export function decodeCall(lease: Lease, entries: Entry[], batch: Batch): void {
+  const last = entries.at(-1)?.[0]
+  if (last === undefined) {
+    batch.settlements.push({ lease, last: undefined, count: 0, finalized: false })
+    return
+  }
+  const eventsBefore = batch.events.length
+  let finalize = lease.finalized
+  let firstMs = Infinity
+  let lastMs: number | null = null
+  for (const entry of entries) {
+    const event = decodeEntry(lease, entry, batch)
+    if (!event) continue
+    const ms = event.ts ?? entryMs(entry[0])
+    if (ms < firstMs) firstMs = ms
+    if (event.source !== 'calltape' && (lastMs === null || ms > lastMs)) lastMs = ms
+    if (event.type === 'call.ended') finalize = true
+  }
+  const isNew = lease.cursor === '0-0'
+  const moved = grain(entryMs(lease.cursor)) !== grain(entryMs(last))
+  if (firstMs < Infinity && (finalize || isNew || moved || batch.events.length > eventsBefore)) {
+    batch.calls.push({ callSid: lease.callSid, firstMs, lastMs, finalize })
+  }
+  if (lease.lapses > 0) batch.redelivered = true
+  batch.oldestMs = Math.min(batch.oldestMs, entryMs(entries[0]![0]))
+  batch.settlements.push({ lease, last, count: entries.length, finalized: finalize })
+}
+
+function decodeEntry(lease: Lease, [id, fields]: Entry, batch: Batch): CallEvent | undefined {
+  const event = parseEntry(lease.callSid, fieldOf(fields, EVENT_FIELD))
+  if (event instanceof Refusal) {
+    const { code, message } = event
+    const streamKey = lease.partition.streamPrefix + lease.callSid
+    batch.quarantine.push({ streamKey, entryId: id, reason: `${code}: ${message}`, raw: JSON.stringify(fields) })
+    return undefined
+  }
+  const key = idempotencyKey(event, id)
+  if (event.type === 'turn') {
+    batch.turns.push(turnRow(event, key, id))
+  } else {
+    const occurredMs = event.ts ?? entryMs(id)
+    batch.events.push({
+      callSid: event.call_sid,
+      eventId: key,
+      type: event.type,
+      occurredMs,
+      event: jsonb(event).json,
+      streamId: id,
+    })
+  }
+  return event
+}
+
+function fieldOf(fields: string[], name: string): string | undefined {
+  for (let i = 0; i < fields.length; i += 2) if (fields[i] === name) return fields[i + 1]
+  return undefined
+}
+
+function parseEntry(callSid: string, json: string | undefined): CallEvent | Refusal {
+  if (json === undefined) return new Refusal('missing_field', `the entry has no field ${EVENT_FIELD}`)
+  let given: unknown
+  try {
+    given = JSON.parse(json)
+  } catch (error) {
+    return new Refusal('invalid_json', (error as Error).message)
+  }
+  const parsed = parseEvent(given, callSid, true)
+  return parsed instanceof Refusal ? parsed : parsed.event
+}
+
+/** What PostgreSQL's text and jsonb cannot hold is replaced by U+FFFD, and the turn says so and keeps the original, escaped. */
+function turnRow(turn: Turn, turnId: string, streamId: string): TurnRow {
+  const meta = turn.meta === undefined ? undefined : jsonb(turn.meta)
+  if (isStorable(turn.text) && isStorable(turn.speaker) && isStorable(turn.language ?? '') && !meta?.replaced) {
+    return { turnId, turn, streamId, meta: meta?.json ?? null }
+  }
+  const original = JSON.stringify({ text: turn.text, speaker: turn.speaker, language: turn.language, meta: turn.meta })
+  const stored = { ...turn, text: storable(turn.text), speaker: storable(turn.speaker) }
+  if (turn.language !== undefined) stored.language = storable(turn.language)
+  // In the original, NUL and lone surrogates are \u escapes: plain characters of a string, which PostgreSQL can hold.
+  const flagged = {
+    ...(JSON.parse(meta?.json ?? '{}') as object),
+    calltape_replaced: true,
+    calltape_original: original,
+  }
+  return { turnId, turn: stored, streamId, meta: JSON.stringify(flagged) }
+}
+
+const isStorable = (s: string) => !s.includes('\0') && s.isWellFormed()
+const storable = (s: string) => s.toWellFormed().replaceAll('\0', '\uFFFD')
+
+function jsonb(value: object): { json: string; replaced: boolean } {
+  const json = JSON.stringify(value)
+  // A backslash-u that is itself escaped is found, too: then nothing is replaced, only looked at.
+  if (!json.includes('\\u')) return { json, replaced: false }
+  const cleaned = JSON.stringify(cleanStrings(value))
+  return { json: cleaned, replaced: cleaned !== json }
+}
+
+function cleanStrings(value: unknown): unknown {
+  if (typeof value === 'string') return storable(value)
+  if (Array.isArray(value)) return value.map(cleanStrings)
+  if (typeof value !== 'object' || value === null) return value
+  return Object.fromEntries(Object.entries(value).map(([name, inner]) => [storable(name), cleanStrings(inner)]))
+}
+
+const grain = (ms: number) => Math.floor(ms / LAST_EVENT_GRAIN_MS)
+
+/** When an entry arrived in Redis, epoch ms: the first part of its id. */
+export function entryMs(id: string): number {
+  return Number.parseInt(id, 10)
+}

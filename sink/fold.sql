@@ -1,0 +1,121 @@
+-- fold: writes the call_sessions rows of the calls in a batch, each recomputed from all that PostgreSQL has of the call.
+-- Run twice, or after events in another order, it gives the same row; a late event just runs it again.
+--
+-- $1 text[]        call_sids, sorted (two sinks that meet on the same calls then wait for each other instead of deadlocking)
+-- $2 timestamptz[] each call's earliest event in this batch   $3 timestamptz[] its latest
+-- $4 boolean[]     true: the call has ended, so finalize it
+WITH batch AS (
+  SELECT * FROM unnest($1::text[], $2::timestamptz[], $3::timestamptz[], $4::boolean[]) AS b(call_sid, first_at, last_at, ended)
+), folded AS (
+  SELECT b.call_sid, b.first_at, b.last_at, e.*, (b.ended OR e.has_ended) AS final, t.*, d.collected_data, d.meta, d.objections
+  FROM batch b
+  CROSS JOIN LATERAL (
+    -- What producers said, first or last in the order in which it happened; an aggregate over no rows is one row of nulls.
+    SELECT
+      (array_agg(event->>'provider'  ORDER BY at) FILTER (WHERE event ? 'provider'))[1]  AS provider,
+      (array_agg(event->>'direction' ORDER BY at) FILTER (WHERE event ? 'direction'))[1] AS direction,
+      (array_agg(event->>'from'      ORDER BY at) FILTER (WHERE event ? 'from'))[1]      AS from_number,
+      (array_agg(event->>'to'        ORDER BY at) FILTER (WHERE event ? 'to'))[1]        AS to_number,
+      -- An end status is never left again; of the others, the furthest counts, in whatever order they came.
+      coalesce(
+        (array_agg(event->>'status' ORDER BY at) FILTER (WHERE event->>'status' IN ('completed', 'busy', 'failed', 'no-answer', 'canceled')))[1],
+        CASE WHEN bool_or(type = 'call.ended') THEN 'completed' END,
+        (array_agg(event->>'status' ORDER BY array_position('{in-progress,ringing,initiated,queued}', event->>'status')) FILTER (WHERE event ? 'status'))[1],
+        CASE WHEN bool_or(type = 'call.started') THEN 'initiated' END
+      ) AS status,
+      (array_agg(event->>'outcome' ORDER BY at DESC) FILTER (WHERE type = 'call.ended' AND event ? 'outcome'))[1] AS outcome,
+      -- calltape's own call.ended is a presumption: anybody else's word is better.
+      (array_agg(event->>'reason' ORDER BY own, at DESC) FILTER (WHERE type = 'call.ended' AND event ? 'reason'))[1] AS end_reason,
+      (array_agg((event->>'turn_count')::int ORDER BY at DESC) FILTER (WHERE event ? 'turn_count'))[1] AS expected_turns,
+      (array_agg((event->>'duration_seconds')::int ORDER BY at DESC) FILTER (WHERE event ? 'duration_seconds'))[1] AS duration_seconds,
+      (array_agg(event->>'recording_url' ORDER BY at DESC) FILTER (WHERE event ? 'recording_url'))[1] AS recording_url,
+      (array_agg(event->>'stage' ORDER BY at DESC) FILTER (WHERE event ? 'stage'))[1] AS conversation_stage,
+      coalesce(min(occurred_at) FILTER (WHERE type = 'call.started'), min(occurred_at)) AS started_at,
+      min(occurred_at) FILTER (WHERE event->>'status' = 'in-progress') AS answered_at,
+      coalesce(
+        min(occurred_at) FILTER (WHERE type = 'call.ended' AND NOT own),
+        min(occurred_at) FILTER (WHERE event->>'status' IN ('completed', 'busy', 'failed', 'no-answer', 'canceled')),
+        max(occurred_at) FILTER (WHERE type = 'call.disconnected')
+      ) AS over_at,
+      max(occurred_at) FILTER (WHERE NOT own) AS last_event,
+      coalesce(bool_or(type = 'call.ended'), false) AS has_ended
+    FROM (
+      SELECT *, (occurred_at, ingested_at, split_part(stream_id, '-', 2)::bigint) AS at,
+        event->>'source' IS NOT DISTINCT FROM 'calltape' AS own
+      FROM call_events WHERE call_sid = b.call_sid
+    ) ordered
+  ) e
+  CROSS JOIN LATERAL (
+    SELECT
+      (SELECT jsonb_object_agg(kv.key, kv.value ORDER BY occurred_at, ingested_at, split_part(stream_id, '-', 2)::bigint)
+       FROM call_events, jsonb_each(event->'data') kv WHERE call_sid = b.call_sid AND type = 'call.data') AS collected_data,
+      (SELECT jsonb_object_agg(kv.key, kv.value ORDER BY occurred_at, ingested_at, split_part(stream_id, '-', 2)::bigint)
+       FROM call_events, jsonb_each(event->'meta') kv WHERE call_sid = b.call_sid) AS meta,
+      (SELECT jsonb_agg(objection ORDER BY first_at, place)
+       FROM (SELECT objection, min(occurred_at) AS first_at, min(o.place) AS place
+             FROM call_events, jsonb_array_elements_text(event->'objections') WITH ORDINALITY AS o(objection, place)
+             WHERE call_sid = b.call_sid AND type = 'call.data' GROUP BY objection) objections) AS objections
+  ) d
+  CROSS JOIN LATERAL (
+    -- Call order: by seq. A turn without one stands behind the last numbered turn spoken before it; then time, then entry.
+    SELECT
+      jsonb_agg(jsonb_build_object('seq', seq, 'speaker', speaker, 'text', text, 'timestamp', spoken_at)
+                ORDER BY place NULLS FIRST, seq NULLS LAST, spoken_at, ingested_at, entry) AS full_transcript,
+      count(*)::int AS turn_count, count(seq) AS numbered, count(DISTINCT seq) AS distinct_seqs, max(seq) AS last_seq,
+      min(spoken_at) AS first_turn_at, max(spoken_at) AS last_turn_at
+    FROM (
+      SELECT *, coalesce(seq, max(seq) OVER (ORDER BY spoken_at, ingested_at, entry)) AS place
+      FROM (SELECT *, split_part(stream_id, '-', 2)::bigint AS entry FROM call_transcript_turns
+            WHERE call_sid = b.call_sid AND (b.ended OR e.has_ended)) turns -- a live call's turns are not read
+    ) placed
+  ) t
+)
+INSERT INTO call_sessions AS s (
+  call_sid, provider, direction, from_number, to_number, status, outcome, initiated_at, answered_at, ended_at, duration_seconds,
+  recording_url, conversation_stage, collected_data, objections_encountered, full_transcript, turn_count, expected_turns,
+  complete, end_reason, meta, last_event_at, finalized_at
+)
+SELECT
+  call_sid, provider, direction, from_number, to_number,
+  coalesce(status, 'in-progress'), -- no word of its status, but turns
+  outcome, initiated_at, answered_at,
+  CASE WHEN final OR status IN ('completed', 'busy', 'failed', 'no-answer', 'canceled') THEN presumed_over_at END,
+  coalesce(duration_seconds, CASE WHEN final THEN round(extract(epoch FROM greatest(presumed_over_at - coalesce(answered_at, initiated_at), '0')))::int END),
+  recording_url, conversation_stage, collected_data, objections,
+  CASE WHEN final THEN coalesce(full_transcript, '[]') END,
+  CASE WHEN final THEN turn_count END, expected_turns,
+  CASE WHEN NOT final THEN NULL
+       -- Every turn is numbered, and a number up to the last one is missing: a gap. Fewer than the producer sent: a gap, too.
+       WHEN turn_count < expected_turns OR (numbered = turn_count AND distinct_seqs <= last_seq) THEN false
+       WHEN turn_count = expected_turns THEN true
+  END,
+  end_reason, meta, last_event_at,
+  CASE WHEN final THEN now() END
+FROM (
+  SELECT *, coalesce(least(started_at, first_turn_at), first_at) AS initiated_at,
+    coalesce(greatest(last_at, last_event, last_turn_at), first_at) AS last_event_at,
+    coalesce(over_at, greatest(last_event, last_turn_at), first_at) AS presumed_over_at
+  FROM folded
+) timed
+ORDER BY call_sid
+ON CONFLICT (call_sid) DO UPDATE SET
+  provider = excluded.provider, direction = excluded.direction, from_number = excluded.from_number, to_number = excluded.to_number,
+  status = excluded.status, outcome = excluded.outcome, initiated_at = least(s.initiated_at, excluded.initiated_at),
+  answered_at = excluded.answered_at, ended_at = excluded.ended_at, duration_seconds = excluded.duration_seconds,
+  recording_url = excluded.recording_url, conversation_stage = excluded.conversation_stage,
+  collected_data = excluded.collected_data, objections_encountered = excluded.objections_encountered,
+  full_transcript = excluded.full_transcript, turn_count = excluded.turn_count, expected_turns = excluded.expected_turns,
+  complete = excluded.complete, end_reason = excluded.end_reason, meta = excluded.meta,
+  last_event_at = greatest(s.last_event_at, excluded.last_event_at),
+  finalized_at = excluded.finalized_at
+WHERE (
+  s.provider, s.direction, s.from_number, s.to_number, s.status, s.outcome, s.initiated_at, s.answered_at, s.ended_at,
+  s.duration_seconds, s.recording_url, s.conversation_stage, s.collected_data, s.objections_encountered, s.full_transcript,
+  s.turn_count, s.expected_turns, s.complete, s.end_reason, s.meta, s.last_event_at, s.finalized_at IS NULL
+) IS DISTINCT FROM (
+  excluded.provider, excluded.direction, excluded.from_number, excluded.to_number, excluded.status, excluded.outcome,
+  least(s.initiated_at, excluded.initiated_at), excluded.answered_at, excluded.ended_at, excluded.duration_seconds,
+  excluded.recording_url, excluded.conversation_stage, excluded.collected_data, excluded.objections_encountered,
+  excluded.full_transcript, excluded.turn_count, excluded.expected_turns, excluded.complete, excluded.end_reason,
+  excluded.meta, greatest(s.last_event_at, excluded.last_event_at), excluded.finalized_at IS NULL
+)

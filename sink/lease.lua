@@ -1,0 +1,61 @@
+#!lua
+-- lease: takes ready calls for one sink until they hold enough, and says where to read on in each.
+--
+-- KEYS  for each partition: ready, leased, ended
+-- ARGV  [1] most calls  [2] most entries  [3] most bytes (at least one call is leased, however much it holds)
+--       [4] how long the lease lasts, ms
+--       then for each partition: stream key prefix, session key prefix
+-- Reply {deadline of these leases (ms; the token to settle with),
+--        {partition index from 1, call_sid, cursor (last entry committed), entries waiting,
+--         entries read so far (-1: Redis cannot say), 1 if the call was finalized before, times its lease has lapsed,
+--         when its oldest waiting entry arrived (ms)} for each call,
+--        {indexes of partitions that may have more ready calls}}
+local time = redis.call('TIME')
+local deadline = time[1] * 1000 + math.floor(time[2] / 1000) + tonumber(ARGV[4])
+local calls_left, entries_left, bytes_left = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
+local leases, more = {}, {}
+
+-- Progress of group `sink`: cursor, entries read, entries waiting. A lost group is made again from the start: rows are
+-- idempotent, so reading a call twice is safe and skipping is not. Nil when there is no such stream.
+local function progress(stream)
+  local groups = redis.pcall('XINFO', 'GROUPS', stream)
+  if groups.err then return nil end
+  for _, g in ipairs(groups) do
+    local info = {}
+    for i = 1, #g, 2 do info[g[i]] = g[i + 1] end
+    if info.name == 'sink' then
+      local cursor = info['last-delivered-id']
+      -- A group that has not moved yet has no count of entries read: it is 0.
+      return cursor, info['entries-read'] or (cursor == '0-0' and 0 or -1), info.lag or redis.call('XLEN', stream)
+    end
+  end
+  redis.call('XGROUP', 'CREATE', stream, 'sink', '0')
+  return '0-0', 0, redis.call('XLEN', stream)
+end
+
+for p = 1, #KEYS / 3 do
+  local ready, leased, ended = KEYS[3 * p - 2], KEYS[3 * p - 1], KEYS[3 * p]
+  while true do
+    if calls_left <= 0 or entries_left <= 0 or bytes_left <= 0 then
+      if redis.call('EXISTS', ready) == 1 then more[#more + 1] = p end
+      break
+    end
+    local popped = redis.call('ZPOPMIN', ready)
+    local sid = popped[1]
+    if not sid then break end
+    local stream = ARGV[3 + 2 * p] .. sid
+    local cursor, read, waiting = progress(stream)
+    if cursor then
+      local session = redis.call('HMGET', ARGV[4 + 2 * p] .. sid, 'bytes', 'lapses')
+      redis.call('ZADD', leased, deadline, sid)
+      leases[#leases + 1] = {
+        p, sid, cursor, waiting, read, redis.call('ZSCORE', ended, sid) and 1 or 0, tonumber(session[2] or 0), popped[2],
+      }
+      local bytes_an_entry = tonumber(session[1] or 0) / math.max(1, read + waiting)
+      calls_left = calls_left - 1
+      entries_left = entries_left - waiting
+      bytes_left = bytes_left - waiting * bytes_an_entry
+    end
+  end
+end
+return { deadline, leases, more }

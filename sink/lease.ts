@@ -1,0 +1,208 @@
+/** The scripts that share calls out among sinks: lease, settle, reclaim, reap. See the .lua files for what each must hold. */
+import type { PartitionKeys, Partitions } from '../shared/keys.js'
+import { type Lane, lanesOf, type RedisClient, Script } from '../shared/redis.js'
+
+const leaseScript = new Script('sink/lease.lua')
+const settleScript = new Script('sink/settle.lua')
+const reclaimScript = new Script('sink/reclaim.lua')
+const reapScript = new Script('sink/reap.lua')
+
+/** A call that this sink alone may work on until `deadline`. */
+export interface Lease {
+  callSid: string
+  partition: PartitionKeys
+  /** Redis' clock, epoch ms; also the token that proves the lease. */
+  deadline: number
+  /** The last entry committed to PostgreSQL. */
+  cursor: string
+  /** Entries behind the cursor. */
+  waiting: number
+  /** Entries up to the cursor; -1 when Redis cannot say. */
+  read: number
+  /** It was finalized before; what comes now is late. */
+  finalized: boolean
+  /** How many times a lease of it has lapsed without progress. */
+  lapses: number
+  /** When its oldest waiting entry arrived, epoch ms. */
+  oldestMs: number
+}
+
+/** What became of a lease. */
+export interface Settlement {
+  lease: Lease
+  /** The last entry committed; undefined: none, the call is given back. */
+  last: string | undefined
+  /** How many entries were read. */
+  count: number
+  finalized: boolean
+}
+
+export interface LeaseLimits {
+  calls: number
+  entries: number
+  bytes: number
+  leaseMs: number
+}
+
+export interface Backlog {
+  readyCalls: number
+  openCalls: number
+  /** Age of the oldest event in Redis that is not in PostgreSQL, ms: exact for ready calls, since its lease for leased ones. */
+  lagMs: number
+}
+
+export class Leases {
+  private readonly lanes: Lane[]
+  private readonly laneOf = new Map<PartitionKeys, Lane>()
+
+  constructor(
+    private readonly client: RedisClient,
+    private readonly partitions: Partitions,
+    private readonly leaseMs: number,
+  ) {
+    this.lanes = lanesOf(client, partitions)
+    for (const lane of this.lanes) for (const partition of lane.partitions) this.laneOf.set(partition, lane)
+  }
+
+  get wakeChannels(): string[] {
+    return this.lanes.map((lane) => lane.wake)
+  }
+
+  /**
+   * @param hints numbers of the partitions to look into
+   * @returns what was leased, and the numbers of partitions that may have more
+   */
+  async lease(hints: Iterable<number>, limits: LeaseLimits): Promise<{ leases: Lease[]; more: number[] }> {
+    const asked = this.byLane([...hints].map((p) => this.partitions.at(p)))
+    const share = (limit: number) => Math.ceil(limit / asked.size)
+    const answers = await Promise.all(
+      [...asked.values()].map(async (partitions) => {
+        const reply = await leaseScript.run(
+          this.client,
+          partitions.flatMap((p) => [p.ready, p.leased, p.ended]),
+          [share(limits.calls), share(limits.entries), share(limits.bytes), limits.leaseMs].concat(
+            partitions.flatMap((p) => [p.streamPrefix, p.sessionPrefix]) as never[],
+          ),
+        )
+        return readLeases(reply as LeaseReply, partitions)
+      }),
+    )
+    return { leases: answers.flatMap((a) => a.leases), more: answers.flatMap((a) => a.more) }
+  }
+
+  /** @returns how many leases had lapsed, and the numbers of partitions with calls that are ready again */
+  async settle(settlements: Settlement[]): Promise<{ lapsed: number; again: number[] }> {
+    const groups = new Map<string, Settlement[]>()
+    for (const settlement of settlements) {
+      const { partition, deadline } = settlement.lease
+      const key = `${deadline} ${this.laneOf.get(partition)?.wake}`
+      groups.set(key, [...(groups.get(key) ?? []), settlement])
+    }
+    const replies = await Promise.all([...groups.values()].map((group) => this.settleTogether(group)))
+    return { lapsed: replies.reduce((sum, r) => sum + r[0], 0), again: replies.flatMap((r) => r[1]) }
+  }
+
+  private async settleTogether(group: Settlement[]): Promise<[number, number[]]> {
+    const first = group[0]!.lease
+    const keys = [this.laneOf.get(first.partition)!.wake]
+    const args: (string | number)[] = [first.deadline]
+    for (const { lease, last, count, finalized } of group) {
+      const p = lease.partition
+      keys.push(p.ready, p.leased, p.open, p.ended, p.streamPrefix + lease.callSid, p.sessionPrefix + lease.callSid)
+      const read = lease.read < 0 ? -1 : lease.read + count
+      args.push(lease.callSid, last ?? '', read, finalized ? 1 : 0, lease.lapses > 0 ? 1 : 0)
+    }
+    return (await settleScript.run(this.client, keys, args)) as [number, number[]]
+  }
+
+  /** @returns the calls whose lapsed leases are open to all sinks again */
+  async reclaim(most: number): Promise<string[]> {
+    return this.onEachLane(
+      reclaimScript,
+      most,
+      (p) => [p.ready, p.leased],
+      (p) => [p.sessionPrefix],
+    )
+  }
+
+  /** @returns the calls that were presumed over and got their `call.ended` */
+  async reap(most: number): Promise<string[]> {
+    return this.onEachLane(
+      reapScript,
+      most,
+      (p) => [p.ready, p.leased, p.open],
+      (p) => [p.streamPrefix, p.sessionPrefix],
+    )
+  }
+
+  private async onEachLane(
+    script: Script,
+    most: number,
+    keysOf: (p: PartitionKeys) => string[],
+    argsOf: (p: PartitionKeys) => string[],
+  ): Promise<string[]> {
+    const replies = await Promise.all(
+      this.lanes.map(({ wake, partitions }) =>
+        script.run(this.client, [wake, ...partitions.flatMap(keysOf)], [most, ...partitions.flatMap(argsOf)]),
+      ),
+    )
+    return (replies as string[][]).flat()
+  }
+
+  /** Reads no more than a score and a count of each partition, however many calls there are. */
+  async backlog(): Promise<Backlog> {
+    const now = Date.now()
+    const parts = await Promise.all(
+      this.partitions.all.map(async (p) => {
+        const [ready, leased, readyCalls, openCalls] = await Promise.all([
+          this.client.zrange(p.ready, '0', '0', 'WITHSCORES'),
+          this.client.zrange(p.leased, '0', '0', 'WITHSCORES'),
+          this.client.zcard(p.ready),
+          this.client.zcard(p.open),
+        ])
+        const oldest = Math.min(Number(ready[1] ?? now), Number(leased[1] ?? now + this.leaseMs) - this.leaseMs)
+        return { readyCalls, openCalls, lagMs: now - oldest }
+      }),
+    )
+    return {
+      readyCalls: parts.reduce((sum, p) => sum + p.readyCalls, 0),
+      openCalls: parts.reduce((sum, p) => sum + p.openCalls, 0),
+      lagMs: Math.max(0, ...parts.map((p) => p.lagMs)),
+    }
+  }
+
+  private byLane(partitions: PartitionKeys[]): Map<Lane, PartitionKeys[]> {
+    const groups = new Map<Lane, PartitionKeys[]>()
+    for (const partition of partitions) {
+      const lane = this.laneOf.get(partition)!
+      groups.set(lane, [...(groups.get(lane) ?? []), partition])
+    }
+    return groups
+  }
+}
+
+type LeaseReply = [
+  deadline: number,
+  leases: [number, string, string, number, number, 0 | 1, number, string][],
+  more: number[],
+]
+
+function readLeases(
+  [deadline, rows, more]: LeaseReply,
+  partitions: PartitionKeys[],
+): { leases: Lease[]; more: number[] } {
+  return {
+    leases: rows.map(([index, callSid, cursor, waiting, read, finalized, lapses, oldest]) => ({
+      callSid,
+      partition: partitions[index - 1]!,
+      deadline,
+      cursor,
+      waiting,
+      read,
+      finalized: finalized === 1,
+      lapses,
+      oldestMs: Number(oldest),
+    })),
+    more: more.map((index) => partitions[index - 1]!.partition),
+  }
+}

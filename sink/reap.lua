@@ -1,0 +1,37 @@
+#!lua
+-- reap: calls that are presumed over (silent for too long, or their connection did not come back) get the `call.ended`
+-- that nobody sent, in their stream, so that they end on the same way as all others.
+--
+-- KEYS  [1] wake channel
+--       then for each partition: ready, leased, open
+-- ARGV  [1] most calls to reap
+--       then for each partition: stream key prefix, session key prefix
+-- Reply {call_sid …} reaped
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local left = tonumber(ARGV[1])
+local END_STATUS = { completed = true, busy = true, failed = true, ['no-answer'] = true, canceled = true }
+local reaped, woken = {}, {}
+
+for p = 1, (#KEYS - 1) / 3 do
+  local ready, leased, open = KEYS[3 * p - 1], KEYS[3 * p], KEYS[3 * p + 1]
+  local sids = redis.call('ZRANGE', open, '-inf', '(' .. now, 'BYSCORE', 'LIMIT', 0, left)
+  for _, sid in ipairs(sids) do
+    redis.call('ZREM', open, sid)
+    local session = redis.call('HMGET', ARGV[2 * p + 1] .. sid, 'connection', 'status')
+    -- What the call looked like when it was last heard of is why it is presumed over.
+    local reason = END_STATUS[session[2]] and session[2] or session[1] == 'disconnected' and 'disconnected' or 'abandoned'
+    local stream = ARGV[2 * p] .. sid
+    if redis.call('EXISTS', stream) == 1 then
+      redis.call('XADD', stream, '*', 'e',
+        '{"type":"call.ended","call_sid":"' .. sid .. '","source":"calltape","reason":"' .. reason .. '"}')
+      if not redis.call('ZSCORE', leased, sid) then redis.call('ZADD', ready, 'NX', now, sid) end
+      reaped[#reaped + 1] = sid
+    end
+  end
+  if #sids > 0 then woken[#woken + 1] = string.match(ready, '{(%d+)}') end
+  left = left - #sids
+  if left <= 0 then break end
+end
+if #woken > 0 then redis.call('SPUBLISH', KEYS[1], table.concat(woken, ',')) end
+return reaped

@@ -1,0 +1,29 @@
+#!lua
+-- reclaim: calls whose lease has lapsed (their sink died, or hangs) become ready again, with all that was not committed.
+--
+-- KEYS  [1] wake channel
+--       then for each partition: ready, leased
+-- ARGV  [1] most calls to reclaim
+--       then for each partition: session key prefix
+-- Reply {call_sid …} reclaimed
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local left = tonumber(ARGV[1])
+local reclaimed, woken = {}, {}
+
+for p = 1, (#KEYS - 1) / 2 do
+  local ready, leased = KEYS[2 * p], KEYS[2 * p + 1]
+  local sids = redis.call('ZRANGE', leased, '-inf', '(' .. now, 'BYSCORE', 'LIMIT', 0, left)
+  for _, sid in ipairs(sids) do
+    redis.call('ZREM', leased, sid)
+    -- Counted here and not by the sink: a count must survive an entry that kills the process.
+    redis.call('HINCRBY', ARGV[1 + p] .. sid, 'lapses', 1)
+    redis.call('ZADD', ready, now, sid)
+    reclaimed[#reclaimed + 1] = sid
+  end
+  if #sids > 0 then woken[#woken + 1] = string.match(ready, '{(%d+)}') end
+  left = left - #sids
+  if left <= 0 then break end
+end
+if #woken > 0 then redis.call('SPUBLISH', KEYS[1], table.concat(woken, ',')) end
+return reclaimed

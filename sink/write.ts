@@ -1,0 +1,145 @@
+/**
+ * copy → finalize → COMMIT: one batch, one transaction.
+ *
+ * Fresh turns are COPYed straight into the table. Only a batch that may hold turns which are there already goes the slow
+ * way: COPY into a staging table, then INSERT … ON CONFLICT DO NOTHING. The first writer of a turn wins.
+ */
+import { Readable } from 'node:stream'
+import { pipeline } from 'node:stream/promises'
+import { from as copyFrom } from 'pg-copy-streams'
+import { readPackageFile } from '../shared/package-root.js'
+import { type Pool, type PoolClient, sqlState } from '../shared/postgres.js'
+import { encodeTurns, TURN_COLUMNS } from './copy.js'
+import type { Batch, CallRow, EventRow, QuarantineRow, TurnRow } from './decode.js'
+
+const UNIQUE_VIOLATION = '23505'
+const COPY_CHUNK_BYTES = 256 * 1024
+const FOLD = { name: 'fold', text: readPackageFile('sink/fold.sql') }
+
+const INSERT_EVENTS = {
+  name: 'events',
+  text: `
+    INSERT INTO call_events (call_sid, event_id, type, occurred_at, event, stream_id, ingested_at)
+    SELECT call_sid, event_id, type, occurred_at, event, stream_id, to_timestamp(split_part(stream_id, '-', 1)::bigint / 1000.0)
+    FROM unnest($1::text[], $2::text[], $3::text[], $4::timestamptz[], $5::jsonb[], $6::text[])
+      AS e(call_sid, event_id, type, occurred_at, event, stream_id)
+    ON CONFLICT DO NOTHING`,
+}
+const INSERT_QUARANTINE = {
+  name: 'quarantine',
+  text: `
+    INSERT INTO quarantined_events (stream_key, entry_id, reason, raw)
+    SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::bytea[])
+    ON CONFLICT DO NOTHING`,
+}
+
+export interface Written {
+  /** Turns that were not in PostgreSQL before. */
+  turns: number
+  /** It went through staging. */
+  staged: boolean
+}
+
+/** @throws whatever PostgreSQL says; then nothing of the batch is stored */
+export async function writeBatch(pool: Pool, batch: Batch): Promise<Written> {
+  const client = await pool.connect()
+  let broken: Error | undefined
+  const onError = (error: Error) => {
+    broken = error // a lost connection is reported here, too; the query that runs on it fails by itself
+  }
+  client.on('error', onError)
+  try {
+    if (batch.redelivered) return await inTransaction(client, () => writeAll(client, batch, stageTurns))
+    try {
+      return await inTransaction(client, () => writeAll(client, batch, copyTurns))
+    } catch (error) {
+      if (sqlState(error) !== UNIQUE_VIOLATION) throw error
+      return await inTransaction(client, () => writeAll(client, batch, stageTurns))
+    }
+  } finally {
+    client.off('error', onError)
+    client.release(broken)
+  }
+}
+
+async function inTransaction<T>(client: PoolClient, work: () => Promise<T>): Promise<T> {
+  await client.query('BEGIN')
+  try {
+    const result = await work()
+    await client.query('COMMIT')
+    return result
+  } catch (error) {
+    // A ROLLBACK that fails means that the connection is gone, and the transaction with it: the first error tells why.
+    await client.query('ROLLBACK').catch(() => undefined)
+    throw error
+  }
+}
+
+type TurnWriter = (client: PoolClient, rows: TurnRow[]) => Promise<Written>
+
+async function writeAll(client: PoolClient, batch: Batch, writeTurns: TurnWriter): Promise<Written> {
+  const written = batch.turns.length > 0 ? await writeTurns(client, batch.turns) : { turns: 0, staged: false }
+  if (batch.events.length > 0) await client.query({ ...INSERT_EVENTS, values: eventColumns(batch.events) })
+  if (batch.quarantine.length > 0) {
+    await client.query({ ...INSERT_QUARANTINE, values: quarantineColumns(batch.quarantine) })
+  }
+  if (batch.calls.length > 0) await client.query({ ...FOLD, values: callColumns(batch.calls) })
+  return written
+}
+
+async function copyTurns(client: PoolClient, rows: TurnRow[]): Promise<Written> {
+  await copy(client, 'call_transcript_turns', rows)
+  return { turns: rows.length, staged: false }
+}
+
+async function stageTurns(client: PoolClient, rows: TurnRow[]): Promise<Written> {
+  await client.query('CREATE TEMP TABLE staged_turns (LIKE call_transcript_turns INCLUDING DEFAULTS) ON COMMIT DROP')
+  await copy(client, 'staged_turns', rows)
+  const { rowCount } = await client.query(
+    'INSERT INTO call_transcript_turns SELECT * FROM staged_turns ON CONFLICT (call_sid, turn_id) DO NOTHING',
+  )
+  return { turns: rowCount ?? 0, staged: true }
+}
+
+/** Through `pipeline`: it is the one way in which an error in the middle leaves both stream and connection usable. */
+async function copy(client: PoolClient, table: string, rows: TurnRow[]): Promise<void> {
+  const data = encodeTurns(rows)
+  const chunks: Buffer[] = []
+  for (let at = 0; at < data.length; at += COPY_CHUNK_BYTES) chunks.push(data.subarray(at, at + COPY_CHUNK_BYTES))
+  await pipeline(
+    Readable.from(chunks),
+    client.query(copyFrom(`COPY ${table} (${TURN_COLUMNS}) FROM STDIN (FORMAT binary)`)),
+  )
+}
+
+const iso = (ms: number) => new Date(ms).toISOString()
+
+function eventColumns(rows: EventRow[]): unknown[] {
+  return [
+    rows.map((r) => r.callSid),
+    rows.map((r) => r.eventId),
+    rows.map((r) => r.type),
+    rows.map((r) => iso(r.occurredMs)),
+    rows.map((r) => r.event),
+    rows.map((r) => r.streamId),
+  ]
+}
+
+function quarantineColumns(rows: QuarantineRow[]): unknown[] {
+  return [
+    rows.map((r) => r.streamKey),
+    rows.map((r) => r.entryId),
+    rows.map((r) => r.reason.replaceAll('\0', '\uFFFD')),
+    rows.map((r) => Buffer.from(r.raw)),
+  ]
+}
+
+function callColumns(rows: CallRow[]): unknown[] {
+  const sorted = rows.toSorted((a, b) => (a.callSid < b.callSid ? -1 : 1))
+  return [
+    sorted.map((r) => r.callSid),
+    sorted.map((r) => iso(r.firstMs)),
+    sorted.map((r) => (r.lastMs === null ? null : iso(r.lastMs))),
+    sorted.map((r) => r.finalize),
+  ]
+}

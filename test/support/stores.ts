@@ -1,0 +1,121 @@
+/** A fresh database and a fresh Redis database for one suite or test, and services that run on them in this process. */
+import { randomBytes } from 'node:crypto'
+import type { Redis } from 'ioredis'
+import { inject } from 'vitest'
+import { type Ingest, startIngest } from '../../ingest/ingest.js'
+import { type Config, readConfig } from '../../shared/config.js'
+import { Partitions } from '../../shared/keys.js'
+import { createLog } from '../../shared/log.js'
+import { createPool, type Pool } from '../../shared/postgres.js'
+import { connectRedis } from '../../shared/redis.js'
+import { type Sink, startSink } from '../../sink/sink.js'
+import { TEMPLATE_DATABASE } from './servers.js'
+
+export const log = createLog('test', process.env.TEST_LOG_LEVEL ?? 'silent')
+
+export interface RedisDatabase {
+  url: string
+  client: Redis
+  partitions: Partitions
+  drop(): Promise<void>
+}
+
+/** Which of the server's databases is free is told by Redis itself: suites run in several processes. */
+export async function freshRedis(): Promise<RedisDatabase> {
+  const url = new URL(inject('redisUrl'))
+  const counter = (await connectRedis(url.href, log)) as Redis
+  const databases = Number(((await counter.config('GET', 'databases')) as string[])[1])
+  const number = 1 + ((await counter.incr('calltape-test:databases')) % (databases - 1))
+  counter.disconnect()
+  url.pathname = `/${number}`
+  const client = (await connectRedis(url.href, log)) as Redis
+  await client.flushdb()
+  return {
+    url: url.href,
+    client,
+    partitions: new Partitions(64),
+    async drop() {
+      await client.flushdb()
+      client.disconnect()
+    },
+  }
+}
+
+export interface Database {
+  url: string
+  pool: Pool
+  drop(): Promise<void>
+}
+
+/** @param migrated false for an empty database */
+export async function freshDatabase(migrated = true): Promise<Database> {
+  const admin = createPool(inject('databaseUrl'), 'test-admin', 1)
+  const name = `calltape_test_${randomBytes(6).toString('hex')}`
+  await admin.query(`CREATE DATABASE ${name} ${migrated ? `TEMPLATE ${TEMPLATE_DATABASE}` : ''}`)
+  const url = new URL(inject('databaseUrl'))
+  url.pathname = `/${name}`
+  const pool = createPool(url.href, 'test', 4)
+  return {
+    url: url.href,
+    pool,
+    async drop() {
+      await pool.end()
+      await admin.query(`DROP DATABASE ${name} WITH (FORCE)`)
+      await admin.end()
+    },
+  }
+}
+
+export interface TestStack {
+  redis: RedisDatabase
+  database: Database
+  config: Config
+  ingest: Ingest
+  sinks: Sink[]
+  /** ws://… for the client */
+  wsUrl: string
+  /** Stops and removes everything. */
+  end(): Promise<void>
+}
+
+/** Ingest and sinks on fresh stores, on ports that the system picks. */
+export async function startTestStack(environment: Record<string, string> = {}, sinkCount = 1): Promise<TestStack> {
+  const [redis, database] = await Promise.all([freshRedis(), freshDatabase()])
+  const config = readConfig({
+    REDIS_URL: redis.url,
+    DATABASE_URL: database.url,
+    INGEST_PORT: '0',
+    SINK_METRICS_PORT: '0',
+    ...environment,
+  })
+  const ingest = await startIngest(config, log)
+  const sinks = await Promise.all(Array.from({ length: sinkCount }, () => startSink(config, log)))
+  return {
+    redis,
+    database,
+    config,
+    ingest,
+    sinks,
+    wsUrl: ingest.url.replace('http', 'ws'),
+    async end() {
+      await ingest.stop()
+      await Promise.all(sinks.map((sink) => sink.stop()))
+      await Promise.all([redis.drop(), database.drop()])
+    },
+  }
+}
+
+/** Waits until `check` gives something else than undefined or false. @throws after `timeoutMs`, saying what was waited for */
+export async function until<T>(
+  what: string,
+  check: () => Promise<T | undefined | false> | T | undefined | false,
+  timeoutMs = 10_000,
+): Promise<T> {
+  const deadline = Date.now() + timeoutMs
+  for (;;) {
+    const result = await check()
+    if (result !== undefined && result !== false) return result
+    if (Date.now() > deadline) throw new Error(`waited ${timeoutMs} ms in vain until ${what}`)
+    await new Promise((resolve) => setTimeout(resolve, 5))
+  }
+}
