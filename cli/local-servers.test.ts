@@ -118,7 +118,7 @@ describe.each(stores)('a local $name', ({ name, start, module, save, load }) => 
 })
 
 describe('a local PostgreSQL', () => {
-  test('keeps commits through a power cut, in UTF-8 and UTC', async () => {
+  test('syncs every commit, is in UTF-8 and UTC, and takes settings', async () => {
     const { url } = keep(await startPostgres({ dataDir, settings: { work_mem: '8MB' } }))
     const show = (name: string) => query(url, `SELECT current_setting('${name}') AS value`)
     for (const [name, value] of Object.entries({

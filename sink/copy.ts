@@ -54,23 +54,22 @@ class BinaryRows {
   }
 
   text(value: string): void {
-    const { length } = value
-    if (length > LOOP_MAX_CHARS) return this.longText(value)
-    const { buffer } = this
     const start = this.at + 4
-    for (let i = 0; i < length; i++) {
-      const char = value.charCodeAt(i)
-      if (char > 127) return this.longText(value)
-      buffer[start + i] = char
-    }
-    this.view.setInt32(this.at, length)
-    this.at = start + length
+    const ascii = value.length <= LOOP_MAX_CHARS && this.writeAscii(value, start)
+    const bytes = ascii ? value.length : this.buffer.write(value, start)
+    this.view.setInt32(this.at, bytes)
+    this.at = start + bytes
   }
 
-  private longText(value: string): void {
-    const bytes = this.buffer.write(value, this.at + 4)
-    this.view.setInt32(this.at, bytes)
-    this.at += 4 + bytes
+  /** @returns false at the first character that is not ASCII: then it is for Buffer.write, from the start */
+  private writeAscii(value: string, start: number): boolean {
+    const { buffer } = this
+    for (let i = 0; i < value.length; i++) {
+      const char = value.charCodeAt(i)
+      if (char > 127) return false
+      buffer[start + i] = char
+    }
+    return true
   }
 
   int4(value: number): void {
