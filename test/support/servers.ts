@@ -1,5 +1,5 @@
 /** Real servers for the suites: REDIS_URL and DATABASE_URL when set, else a Redis and a PostgreSQL of our own for this run. */
-import { mkdtemp, rm } from 'node:fs/promises'
+import { chmod, mkdtemp, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import type { TestProject } from 'vitest/node'
@@ -21,6 +21,7 @@ declare module 'vitest' {
 export default async function setup(project: TestProject): Promise<() => Promise<void>> {
   const given = givenEnvironment()
   const folder = await mkdtemp(join(tmpdir(), 'calltape-test-'))
+  await chmod(folder, 0o711) // as root, PostgreSQL runs as another user, who has to get through
   const say = (line: string) => process.stderr.write(`${line}\n`)
   const redis = given.REDIS_URL ? undefined : await startRedis({ dataDir: join(folder, 'redis'), say })
   const postgres = given.DATABASE_URL ? undefined : await startPostgres({ dataDir: join(folder, 'postgres'), say })

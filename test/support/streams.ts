@@ -1,0 +1,235 @@
+/** What the suites of the Redis protocol share: producers, a look into streams and groups, a connection that can be cut. */
+import { mkdtemp, rm } from 'node:fs/promises'
+import { type AddressInfo, connect, createServer, type Server, type Socket } from 'node:net'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import getPort from 'get-port'
+import { type LocalServer, startRedis } from '../../cli/local-redis.js'
+import { Appender, type AppenderOptions, type Origin } from '../../ingest/append.js'
+import type { CallEvent, Refusal, Turn } from '../../shared/events.js'
+import { GROUP, type PartitionKeys, type Partitions } from '../../shared/keys.js'
+import { createIngestMetrics } from '../../shared/metrics.js'
+import { lanesOf, type RedisClient, Script } from '../../shared/redis.js'
+import type { Entry } from '../../sink/decode.js'
+import type { Lease, LeaseLimits, Leases, Settlement } from '../../sink/lease.js'
+import { type LeasedEntries, readEntries } from '../../sink/read.js'
+import { log } from './stores.js'
+
+export interface Store {
+  client: RedisClient
+  partitions: Partitions
+}
+
+export const turn = (callSid: string, seq: number, text = `turn ${seq}`): Turn => ({
+  type: 'turn',
+  call_sid: callSid,
+  seq,
+  speaker: 'agent',
+  text,
+})
+
+export const streamOf = ({ partitions }: Store, sid: string) => partitions.of(sid).streamPrefix + sid
+export const sessionOf = ({ partitions }: Store, sid: string) => partitions.of(sid).sessionPrefix + sid
+
+/** `count` calls that are all in one partition. */
+export function callsIn(partitions: Partitions, partition: number, count: number): string[] {
+  const sids: string[] = []
+  for (let i = 0; sids.length < count; i++) {
+    const sid = `p${partition}-${i}`
+    if (partitions.of(sid).partition === partition) sids.push(sid)
+  }
+  return sids
+}
+
+/** Ingest's side: an Appender, and what became of every event given to it. */
+export class Producer {
+  readonly metrics = createIngestMetrics()
+  readonly appender: Appender
+  /** How often each position was settled; the first one is 1. */
+  readonly timesSettled: number[] = [1]
+  private readonly waiting = new Map<number, (refusal: Refusal | undefined) => void>()
+  private readonly origin: Origin = {
+    settle: (position, refusal) => {
+      this.timesSettled[position]!++
+      this.waiting.get(position)?.(refusal)
+    },
+    settled: () => undefined,
+  }
+
+  constructor({ client, partitions }: Store, options: Partial<AppenderOptions> = {}) {
+    const all = { idleTimeoutMs: 60_000, disconnectGraceMs: 10_000, maxQueueBytes: 1e9, ...options }
+    this.appender = new Appender(client, partitions, all, this.metrics, log)
+  }
+
+  /** @returns what its event was refused with; undefined once it is stored */
+  put(event: CallEvent): Promise<Refusal | undefined> {
+    const position = this.timesSettled.push(0) - 1
+    const settled = new Promise<Refusal | undefined>((resolve) => this.waiting.set(position, resolve))
+    this.appender.append(event, JSON.stringify(event), this.origin, position)
+    return settled
+  }
+
+  /** @throws the first refusal */
+  async store(...events: CallEvent[]): Promise<void> {
+    for (const refusal of await Promise.all(events.map((event) => this.put(event)))) if (refusal) throw refusal
+  }
+
+  async failures(): Promise<number> {
+    return (await this.metrics.flushFailures.get()).values[0]?.value ?? 0
+  }
+}
+
+export interface BatchCall {
+  sid: string
+  events: string[]
+  /** field, value, field, value … */
+  session?: string[]
+}
+
+const appendScript = new Script('ingest/append.lua')
+
+/** append.lua itself, for what no Appender does of its own will. @param known the last batch the producer knows is applied */
+export async function appendBatch(store: Store, producer: string, batch: number, known: number, calls: BatchCall[]) {
+  const { client, partitions } = store
+  const used = [...new Set(calls.map(({ sid }) => partitions.of(sid)))]
+  const keys = [partitions.at(0).producerPrefix + producer, lanesOf(client, partitions)[0]!.wake]
+  for (const p of used) keys.push(p.ready, p.leased, p.open)
+  const args: (string | number)[] = [batch, known, used.length]
+  for (const { sid, events, session = [] } of calls) {
+    keys.push(streamOf(store, sid), sessionOf(store, sid))
+    const bytes = events.reduce((sum, event) => sum + event.length, 0)
+    args.push(sid, used.indexOf(partitions.of(sid)) + 1, 60_000, bytes, events.length, ...events)
+    args.push(session.length, ...session)
+  }
+  return (await appendScript.run(client, keys, args)) as [index: number, error: string][]
+}
+
+export async function entriesOf(store: Store, sid: string): Promise<Entry[]> {
+  return await store.client.xrange(streamOf(store, sid), '-', '+')
+}
+
+export async function eventsOf(store: Store, sid: string): Promise<CallEvent[]> {
+  return (await entriesOf(store, sid)).map(([, fields]) => JSON.parse(fields[1]!) as CallEvent)
+}
+
+export async function seqsOf(store: Store, sid: string): Promise<(number | undefined)[]> {
+  return (await eventsOf(store, sid)).map((event) => (event as Turn).seq)
+}
+
+/** XINFO GROUPS of the sinks' group; undefined when there is none. */
+export async function groupOf(store: Store, sid: string): Promise<Record<string, unknown> | undefined> {
+  const groups = (await store.client.xinfo('GROUPS', streamOf(store, sid))) as unknown[][]
+  const named = groups.map((g) => Object.fromEntries(g.flatMap((name, i) => (i % 2 === 0 ? [[name, g[i + 1]]] : []))))
+  return named.find((group) => group.name === GROUP)
+}
+
+/** In which of its partition's sets a call is, with its score there. */
+export async function placesOf({ client, partitions }: Store, sid: string): Promise<Record<string, number>> {
+  const places: Record<string, number> = {}
+  for (const name of ['ready', 'leased', 'open', 'ended'] as const) {
+    const score = await client.zscore(partitions.of(sid)[name], sid)
+    if (score !== null) places[name] = Number(score)
+  }
+  return places
+}
+
+export const LIMITS: LeaseLimits = { calls: 1000, entries: 100_000, bytes: 1e9, leaseMs: 60_000 }
+
+export const everywhere = (partitions: Partitions) => partitions.all.map((p: PartitionKeys) => p.partition)
+
+/** Leases whatever is ready, within `limits`. */
+export async function leaseAll(leases: Leases, { partitions }: Store, limits: Partial<LeaseLimits> = {}) {
+  return (await leases.lease(everywhere(partitions), { ...LIMITS, ...limits })).leases
+}
+
+/** Leases the one call that is expected to be ready, and reads it. */
+export async function take(leases: Leases, store: Store, limits: Partial<LeaseLimits> = {}): Promise<LeasedEntries> {
+  const taken = await leaseAll(leases, store, limits)
+  if (taken.length !== 1) throw new Error(`expected one ready call, there are ${taken.length}`)
+  return (await readEntries(store.client, taken, { ...LIMITS, ...limits }))[0]!
+}
+
+/** As if the first `count` entries were committed. */
+export function committed({ lease, entries }: LeasedEntries, count = entries.length, finalized = false): Settlement {
+  return { lease, last: entries[count - 1]?.[0], count, finalized }
+}
+
+export const givenBack = (lease: Lease): Settlement => ({ lease, last: undefined, count: 0, finalized: false })
+
+/** A Redis of the suite's own, for what reaches beyond one database: channels, scripts, other connections, a Cluster. */
+export async function ownRedis(mode: 'single' | 'cluster' = 'single'): Promise<LocalServer> {
+  const folder = await mkdtemp(join(tmpdir(), 'calltape-test-redis-'))
+  const cluster = ['--cluster-enabled', 'yes', '--cluster-announce-ip', '127.0.0.1', '--cluster-port']
+  const args = mode === 'cluster' ? [...cluster, String(await getPort())] : []
+  const server = await startRedis({ dataDir: join(folder, 'redis'), args })
+  return {
+    ...server,
+    async stop() {
+      await server.stop()
+      await rm(folder, { recursive: true, force: true })
+    },
+  }
+}
+
+/** Stands between a client and Redis, to hold back what they say to each other and to cut them off in between. */
+export class Proxy {
+  holdRequests = false
+  holdReplies = false
+  private heldRequests: [Socket, Buffer][] = []
+  private heldReplies: [Socket, Buffer][] = []
+  private readonly sockets = new Set<Socket>()
+
+  private constructor(
+    private readonly server: Server,
+    readonly url: string,
+  ) {}
+
+  static async start(redisUrl: string): Promise<Proxy> {
+    const target = new URL(redisUrl)
+    const server = createServer((client) => {
+      const redis = connect(Number(target.port), target.hostname)
+      client.on('data', (data) => (proxy.holdRequests ? proxy.heldRequests.push([redis, data]) : redis.write(data)))
+      redis.on('data', (data) => (proxy.holdReplies ? proxy.heldReplies.push([client, data]) : client.write(data)))
+      for (const [socket, other] of [[client, redis] as const, [redis, client] as const]) {
+        proxy.sockets.add(socket)
+        socket.on('error', () => undefined) // a cut connection: its 'close' follows
+        socket.on('close', () => {
+          proxy.sockets.delete(socket)
+          other.destroy()
+        })
+      }
+    })
+    await new Promise<void>((resolve) => server.listen(0, '127.0.0.1', resolve))
+    const url = new URL(redisUrl)
+    url.port = String((server.address() as AddressInfo).port)
+    const proxy = new Proxy(server, url.href)
+    return proxy
+  }
+
+  get holdsRequests(): boolean {
+    return this.heldRequests.length > 0
+  }
+
+  get holdsReplies(): boolean {
+    return this.heldReplies.length > 0
+  }
+
+  release(): void {
+    this.holdRequests = false
+    this.holdReplies = false
+    for (const [to, data] of [...this.heldRequests.splice(0), ...this.heldReplies.splice(0)]) to.write(data)
+  }
+
+  /** What is held is lost; new connections pass. */
+  cut(): void {
+    this.heldRequests = []
+    this.heldReplies = []
+    for (const socket of this.sockets) socket.destroy()
+    this.release()
+  }
+
+  async stop(): Promise<void> {
+    this.cut()
+    await new Promise((resolve) => this.server.close(resolve))
+  }
+}
