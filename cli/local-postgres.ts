@@ -6,7 +6,7 @@ import { createRequire } from 'node:module'
 import { basename, dirname, join, resolve } from 'node:path'
 import { promisify } from 'node:util'
 import pg from 'pg'
-import { type LocalServer, type LocalServerOptions, processInfo, runServer } from './local-redis.js'
+import { type LocalServer, type LocalServerOptions, processInfo, runServer } from './local-server.js'
 
 type User = { uid: number; gid: number } | undefined
 

@@ -8,7 +8,8 @@ import { Redis } from 'ioredis'
 import pg from 'pg'
 import { afterEach, beforeEach, describe, expect, test } from 'vitest'
 import { startPostgres } from './local-postgres.js'
-import { findRedis, type LocalServer, processInfo, startRedis } from './local-redis.js'
+import { findRedis, startRedis } from './local-redis.js'
+import { type LocalServer, processInfo } from './local-server.js'
 
 const stores = [
   { name: 'PostgreSQL', start: startPostgres, module: 'local-postgres.ts', save: saveRow, load: loadRow },

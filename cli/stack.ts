@@ -9,7 +9,8 @@ import { childEnvironment, type Environment, givenEnvironment, OperatorError, re
 import { PACKAGE_ROOT } from '../shared/package-root.js'
 import { migrate } from '../shared/schema.js'
 import { startPostgres } from './local-postgres.js'
-import { type LocalServer, startRedis } from './local-redis.js'
+import { startRedis } from './local-redis.js'
+import type { LocalServer } from './local-server.js'
 
 /** Preferred ports: not the usual ones, which a developer's own servers may hold. */
 const POSTGRES_PORT = 54_320

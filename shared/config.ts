@@ -76,6 +76,6 @@ export function givenEnvironment(env: Environment = process.env): Environment {
 }
 
 /** The environment for a child process: ours, with `overrides`. */
-export function childEnvironment(overrides: Environment): Environment {
+export function childEnvironment(overrides: Environment = {}): Environment {
   return { ...process.env, ...overrides }
 }
