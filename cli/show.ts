@@ -1,8 +1,8 @@
 /** `calltape show CALL_SID`: a call as Redis and PostgreSQL have it now, and which of its turns are not in PostgreSQL yet. */
 
-import { givenEnvironment, OperatorError, readConfig } from '../shared/config.js'
+import { type Config, givenEnvironment, OperatorError, readConfig } from '../shared/config.js'
 import { idempotencyKey, parseEvent, Refusal, type Turn } from '../shared/events.js'
-import { EVENT_FIELD, GROUP, type Partitions } from '../shared/keys.js'
+import { EVENT_FIELD, GROUP, Partitions } from '../shared/keys.js'
 import { createLog } from '../shared/log.js'
 import { createPool, type Pool } from '../shared/postgres.js'
 import { connectRedis, openPartitions, type RedisClient } from '../shared/redis.js'
@@ -31,31 +31,71 @@ interface LiveState {
 
 const PAGE = 500
 
-/** @throws OperatorError when neither store knows the call, saying where it was looked for */
+/** What one store knows, or why it could not be asked. */
+type Found<T> = { value: T } | { unreachable: string }
+
+/**
+ * Prints what both stores know. One of them may be down: a call is still shown from the other.
+ *
+ * @throws OperatorError when neither knows the call, saying where it was looked for
+ */
 export async function show(callSid: string, options: { json?: boolean }): Promise<void> {
   const config = readConfig({ ...runningStack('.calltape'), ...givenEnvironment() })
-  const log = createLog('show', 'silent')
-  const redis = await connectRedis(config.REDIS_URL, log)
-  const pool = createPool(config.DATABASE_URL, 'show', 2)
+  const [inRedis, inPostgres] = await Promise.all([
+    find(() => lookInRedis(config, callSid)),
+    find(() => lookInPostgres(config, callSid)),
+  ])
+  const live = 'value' in inRedis ? inRedis.value : undefined
+  const stored = 'value' in inPostgres ? inPostgres.value : undefined
+  if (!live && !stored) {
+    const answer = (found: Found<unknown>) => ('unreachable' in found ? found.unreachable : 'nothing there')
+    throw new OperatorError(
+      `nothing is known of call ${callSid}. Looked in\n` +
+        `  Redis at ${hostOf(config.REDIS_URL)}, key ${keyOf(config, callSid)}: ${answer(inRedis)}\n` +
+        `  PostgreSQL at ${hostOf(config.DATABASE_URL)}, call_sessions and call_transcript_turns: ${answer(inPostgres)}`,
+    )
+  }
+  const turns = merge(live, stored?.turns ?? [])
+  if (options.json) {
+    const { session } = stored ?? {}
+    console.log(
+      JSON.stringify({ call_sid: callSid, session: session ?? null, live: live?.session ?? null, turns }, null, 2),
+    )
+    return
+  }
+  const stores = {
+    PostgreSQL: 'unreachable' in inPostgres ? inPostgres.unreachable : describeStored(stored),
+    Redis: 'unreachable' in inRedis ? inRedis.unreachable : describeLive(live),
+  }
+  print(callSid, stores, stored?.session, turns)
+}
+
+async function find<T>(look: () => Promise<T>): Promise<Found<T>> {
   try {
-    await requireSchema(pool)
-    const partitions = await openPartitions(redis, config.PARTITIONS)
-    const live = await readLive(redis, partitions, callSid)
-    const stored = await readStored(pool, callSid)
-    if (!live && !stored.session && stored.turns.length === 0) {
-      const where = [config.REDIS_URL, config.DATABASE_URL].map((url) => new URL(url.split(',')[0]!).host)
-      const stream = partitions.of(callSid).streamPrefix + callSid
-      throw new OperatorError(
-        `nothing is known of call ${callSid}. Looked in Redis at ${where[0]} (key ${stream}) and in PostgreSQL at ${where[1]} ` +
-          '(call_sessions, call_transcript_turns).',
-      )
-    }
-    const turns = merge(live, stored.turns)
-    if (options.json)
-      console.log(JSON.stringify({ call_sid: callSid, session: stored.session, live: live?.session, turns }, null, 2))
-    else print(callSid, live, stored.session, turns)
+    return { value: await look() }
+  } catch (error) {
+    return { unreachable: (error as Error).message }
+  }
+}
+
+const hostOf = (urls: string) => new URL(urls.split(',')[0]!).host
+const keyOf = (config: Config, callSid: string) => new Partitions(config.PARTITIONS).of(callSid).streamPrefix + callSid
+
+async function lookInRedis(config: Config, callSid: string): Promise<LiveState | undefined> {
+  const redis = await connectRedis(config.REDIS_URL, createLog('show', 'silent'))
+  try {
+    return await readLive(redis, await openPartitions(redis, config.PARTITIONS), callSid)
   } finally {
     redis.disconnect()
+  }
+}
+
+async function lookInPostgres(config: Config, callSid: string): Promise<StoredState | undefined> {
+  const pool = createPool(config.DATABASE_URL, 'show', 1)
+  try {
+    await requireSchema(pool)
+    return await readStored(pool, callSid)
+  } finally {
     await pool.end()
   }
 }
@@ -111,10 +151,12 @@ function shownTurn(turn: Turn, key: string, receivedMs: number): ShownTurn {
 
 type SessionRow = Record<string, unknown> & { finalized_at: Date | null }
 
-async function readStored(
-  pool: Pool,
-  callSid: string,
-): Promise<{ session: SessionRow | undefined; turns: ShownTurn[] }> {
+interface StoredState {
+  session: SessionRow | undefined
+  turns: ShownTurn[]
+}
+
+async function readStored(pool: Pool, callSid: string): Promise<StoredState | undefined> {
   const session = await pool.query<SessionRow>('SELECT * FROM call_sessions WHERE call_sid = $1', [callSid])
   const { rows } = await pool.query<ShownTurn>(
     `SELECT turn_id AS key, seq, speaker, text, extract(epoch FROM spoken_at)::float8 * 1000 AS "spokenAt",
@@ -122,7 +164,7 @@ async function readStored(
      FROM call_transcript_turns WHERE call_sid = $1`,
     [callSid],
   )
-  return { session: session.rows[0], turns: rows }
+  return session.rows[0] || rows.length > 0 ? { session: session.rows[0], turns: rows } : undefined
 }
 
 /** All turns of both stores in call order. */
@@ -136,18 +178,17 @@ function merge(live: LiveState | undefined, stored: ShownTurn[]): ShownTurn[] {
 
 function print(
   callSid: string,
-  live: LiveState | undefined,
+  stores: Record<string, string>,
   session: SessionRow | undefined,
   turns: ShownTurn[],
 ): void {
-  const missing = turns.filter((turn) => !turn.inPostgres)
   console.log(`call ${callSid}\n`)
-  console.log(`  PostgreSQL  ${describeStored(session, turns.length - missing.length)}`)
-  console.log(`  Redis       ${describeLive(live)}`)
-  for (const [name, value] of Object.entries(session ?? {})) {
-    if (value === null || name === 'full_transcript' || name === 'call_sid') continue
-    const text =
-      value instanceof Date ? value.toISOString() : typeof value === 'object' ? JSON.stringify(value) : String(value)
+  const fields = Object.entries(session ?? {}).filter(
+    ([name, value]) => value !== null && name !== 'full_transcript' && name !== 'call_sid',
+  )
+  for (const [name, value] of [...Object.entries(stores), ...fields]) {
+    const isPlain = typeof value !== 'object'
+    const text = value instanceof Date ? value.toISOString() : isPlain ? String(value) : JSON.stringify(value)
     console.log(`  ${name.padEnd(24)}${text}`)
   }
   console.log(turns.length === 0 ? '\nno turns' : '')
@@ -158,21 +199,25 @@ function print(
     const marks = `${turn.interrupted ? ' [interrupted]' : ''}${turn.inPostgres ? '' : '  ← not in PostgreSQL yet'}`
     console.log(`[${clock}] ${turn.speaker}: ${turn.text}${marks}`)
   }
+  const missing = turns.filter((turn) => !turn.inPostgres)
   if (missing.length > 0) {
-    console.log(
-      `\n${missing.length} of ${turns.length} turns are not in PostgreSQL yet: ${missing.map((t) => t.key).join(', ')}`,
-    )
+    const keys = missing.map((turn) => turn.key).join(', ')
+    console.log(`\n${missing.length} of ${count(turns.length, 'turn')} not in PostgreSQL yet: ${keys}`)
   }
 }
 
-function describeStored(session: SessionRow | undefined, turns: number): string {
-  if (!session) return turns > 0 ? `${turns} turns, no call_sessions row yet` : 'nothing'
-  return `${turns} turns, ${session.finalized_at ? 'finalized' : 'live, not finalized yet'}`
+const count = (n: number, what: string) => `${n} ${what}${n === 1 ? '' : 's'}`
+
+function describeStored(stored: StoredState | undefined): string {
+  if (!stored) return 'nothing'
+  const { session, turns } = stored
+  const state = !session ? 'no call_sessions row yet' : session.finalized_at ? 'finalized' : 'live, not finalized yet'
+  return `${count(turns.length, 'turn')}, ${state}`
 }
 
 function describeLive(live: LiveState | undefined): string {
   if (!live) return 'nothing (its retention is over, or it was never here)'
   const { connection, ended, status } = live.session
   const state = ended ? 'ended' : connection === 'disconnected' ? 'disconnected' : 'open'
-  return `${live.entries} events, ${state}${status ? `, status ${status}` : ''}; committed up to entry ${live.cursor}`
+  return `${count(live.entries, 'event')}, ${state}${status ? `, status ${status}` : ''}; committed up to entry ${live.cursor}`
 }

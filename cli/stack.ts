@@ -88,9 +88,9 @@ export async function startStack(options: StackOptions): Promise<Stack> {
       describe: [
         `ingest      ${ingest.url}, WebSocket ${ingest.url.replace('http', 'ws')}/v1/stream`,
         `sink        ${sink.url}/metrics`,
-        `PostgreSQL  ${databaseUrl}${postgres ? `\n            ${postgres.describe}` : ''}`,
-        `Redis       ${redisUrl}${redis ? `\n            ${redis.describe}` : ''}`,
-        `logs        ${join(dataDir, 'ingest.log')}, ${join(dataDir, 'sink.log')}`,
+        `PostgreSQL  ${databaseUrl}`,
+        `Redis       ${redisUrl}`,
+        `data, logs  ${dataDir}`,
       ],
       failed: Promise.race(
         [ingest.failed, sink.failed, redis?.exited, postgres?.exited].filter((promise) => promise !== undefined),
@@ -170,14 +170,14 @@ async function startStores(
   ]
 }
 
-interface Service {
+export interface Service {
   url: string
   pid(): number
   failed: Promise<string>
   stop(): Promise<void>
 }
 
-async function startService(
+export async function startService(
   name: 'ingest' | 'sink',
   dataDir: string,
   environment: Environment,
@@ -226,7 +226,8 @@ async function startService(
       if (child.exitCode !== null || child.signalCode !== null) return
       const exited = new Promise((resolve) => child.once('exit', resolve))
       child.kill('SIGTERM')
-      await Promise.race([exited, sleep(15_000).then(() => child.kill('SIGKILL'))])
+      // Unreferenced, so that the timer that is no longer needed does not keep the process alive.
+      await Promise.race([exited, sleep(15_000, undefined, { ref: false }).then(() => child.kill('SIGKILL'))])
     },
   }
 }

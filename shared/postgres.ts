@@ -7,9 +7,15 @@ export type { Client, Pool, PoolClient } from 'pg'
  * @param url postgres://user:password@host:port/database
  * @param name what the connections are called in pg_stat_activity
  * @param max most connections at once
+ * @param onError told of a connection that broke; whatever runs on it fails by itself, the pool opens another
  */
-export function createPool(url: string, name: string, max: number): pg.Pool {
-  return new pg.Pool({
+export function createPool(
+  url: string,
+  name: string,
+  max: number,
+  onError: (error: Error) => void = () => undefined,
+): pg.Pool {
+  const pool = new pg.Pool({
     connectionString: url,
     max,
     application_name: `calltape-${name}`,
@@ -17,6 +23,10 @@ export function createPool(url: string, name: string, max: number): pg.Pool {
     keepAlive: true,
     options: '-c TimeZone=UTC', // times in full_transcript are written with their zone; keep it the same everywhere
   })
+  pool.on('error', () => undefined) // says again of an idle connection what the connection said itself
+  // On each connection, not on the pool alone: one that breaks while it is in use or being closed would end the process.
+  pool.on('connect', (client) => client.on('error', onError))
+  return pool
 }
 
 /** The SQLSTATE of an error of PostgreSQL, undefined for any other error. */

@@ -26,8 +26,9 @@ const UNREADY_AFTER_MS = 5000
 
 /** @throws OperatorError when Redis or PostgreSQL cannot be used, or the schema does not fit */
 export async function startSink(config: Config, log: Logger): Promise<Sink> {
-  const pool = createPool(config.DATABASE_URL, 'sink', config.SINK_WORKERS)
-  pool.on('error', (error) => log.warn({ err: error.message }, 'postgres connection'))
+  const pool = createPool(config.DATABASE_URL, 'sink', config.SINK_WORKERS, (error) => {
+    log.warn({ err: error.message }, 'postgres connection')
+  })
   const redis = await connectRedis(config.REDIS_URL, log)
   const subscriber = await connectRedis(config.REDIS_URL, log)
   const disconnect = async () => {
