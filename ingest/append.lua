@@ -6,26 +6,30 @@
 --       then for each partition in the batch: ready, leased, open
 --       then for each call in the batch: stream, session
 -- ARGV  [1] the batch's number (1, 2, 3 … for a producer)
---       [2] number of partitions in the batch
+--       [2] number of the last batch that its producer knows to be applied, 0 for none
+--       [3] number of partitions in the batch
 --       then for each call: call_sid
 --                           index of its partition among those above, from 1
---                           ms until the call is presumed over if nothing more arrives; 0: it has ended
+--                           ms until the call is presumed over if nothing more arrives
 --                           bytes of its events
 --                           number of events, then each event's JSON
---                           number of session fields and values, then field, value, field, value …
+--                           number of session fields and values, then field, value, field, value … (`ended`: it is over)
 -- Reply  the calls that could not be appended to, as {index of the call from 1, error}; empty when all is well.
 --        'GAP' when an earlier batch of this producer is missing: send that one first.
-local last = tonumber(redis.call('GET', KEYS[1]) or '')
+--
+-- The producer key may be gone or old (expired; Redis lost its last writes): then what the producer knows counts. Otherwise a
+-- first batch that failed would pass for applied because the second one was, or one that is lost would be waited for for ever.
+local last = math.max(tonumber(redis.call('GET', KEYS[1]) or 0), tonumber(ARGV[2]))
 local batch = tonumber(ARGV[1])
-if last and batch <= last then return {} end
-if last and batch > last + 1 then return redis.error_reply('GAP batch ' .. last + 1 .. ' has not been applied') end
+if batch <= last then return {} end
+if batch > last + 1 then return redis.error_reply('GAP batch ' .. last + 1 .. ' has not been applied') end
 
 local END_STATUS = { completed = true, busy = true, failed = true, ['no-answer'] = true, canceled = true }
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local partitions = tonumber(ARGV[2])
+local partitions = tonumber(ARGV[3])
 local call_key = 3 + 3 * partitions
-local arg = 3
+local arg = 4
 local refused = {}
 local woken = {}
 
@@ -66,7 +70,9 @@ while arg <= #ARGV do
     refused[#refused + 1] = { index, err }
   else
     set_session(session, fields + 1, field_count)
-    if due > 0 then redis.call('ZADD', open, now + due, sid) else redis.call('ZREM', open, sid) end
+    -- Once a call has ended, whatever comes late does not open it again.
+    local ended = redis.call('HEXISTS', session, 'ended') == 1
+    if ended then redis.call('ZREM', open, sid) else redis.call('ZADD', open, now + due, sid) end
     -- News of a leased call is found by settle, which looks behind what was committed.
     if not redis.call('ZSCORE', leased, sid) and redis.call('ZADD', ready, 'NX', now, sid) == 1 then
       -- A partition that had ready calls before has woken its sink already.

@@ -19,6 +19,8 @@ const MAX_BATCH_EVENTS = 512
 const MAX_BATCH_BYTES = 1024 * 1024
 /** One batch that Redis executes and one that waits for it; more would only make batches smaller. */
 const MAX_IN_FLIGHT = 2
+/** What an event takes in memory beside its JSON, roughly. */
+const EVENT_OVERHEAD_BYTES = 256
 /** For how long an ingest process's batch numbers must survive in case of a retry is fixed in append.lua. */
 const MAX_RETRY_PAUSE_MS = 1000
 
@@ -44,10 +46,15 @@ interface CallBatch {
 
 interface Batch {
   number: number
+  /** When its first event came, ms epoch. */
+  since: number
   events: number
   bytes: number
   calls: Map<string, CallBatch>
+  /** It is in flight. */
   sent: boolean
+  /** It has been sent before: Redis may have applied it, so nothing may be added. */
+  sealed: boolean
 }
 
 export interface AppenderOptions {
@@ -79,25 +86,28 @@ class LaneQueue {
   /** The batch that takes `bytes` more. */
   open(bytes: number): Batch {
     const last = this.batches.at(-1)
-    if (last && !last.sent && last.events < MAX_BATCH_EVENTS && last.bytes + bytes <= MAX_BATCH_BYTES) return last
-    const batch = { number: this.nextNumber++, events: 0, bytes: 0, calls: new Map(), sent: false }
+    if (last && !last.sealed && last.events < MAX_BATCH_EVENTS && last.bytes + bytes <= MAX_BATCH_BYTES) return last
+    const number = this.nextNumber++
+    const batch = { number, since: Date.now(), events: 0, bytes: 0, calls: new Map(), sent: false, sealed: false }
     this.batches.push(batch)
     return batch
   }
 
-  get isEmpty(): boolean {
-    return this.batches.length === 0
+  /** Since when (ms epoch) its oldest batch has been waiting; undefined when there is none. */
+  get waitingSince(): number | undefined {
+    return this.batches[0]?.since
   }
 
   flush(): void {
     for (const batch of this.batches) {
-      if (this.failing || this.inFlight >= MAX_IN_FLIGHT) return
+      if (this.failing || this.appender.isAbandoned || this.inFlight >= MAX_IN_FLIGHT) return
       if (!batch.sent) void this.send(batch)
     }
   }
 
   private async send(batch: Batch): Promise<void> {
     batch.sent = true
+    batch.sealed = true
     this.inFlight++
     const started = performance.now()
     const { keys, args } = this.encode(batch)
@@ -129,6 +139,7 @@ class LaneQueue {
       this.appender.failed(lastError)
       if (!isNoScript(lastError)) await sleep(pause * (0.5 + Math.random() / 2))
       while (this.inFlight > 0) await sleep(1)
+      if (this.appender.isAbandoned) return
       try {
         await appendScript.load(this.client)
         break
@@ -160,7 +171,8 @@ class LaneQueue {
       for (const field of call.session) calls.push(field)
     }
     for (const key of callKeys) keys.push(key)
-    const args: (string | number)[] = [batch.number, partitions.size]
+    const applied = this.batches[0]!.number - 1
+    const args: (string | number)[] = [batch.number, applied, partitions.size]
     for (const arg of calls) args.push(arg)
     return { keys, args }
   }
@@ -171,8 +183,10 @@ export class Appender {
   private flushScheduled = false
   private queuedBytes = 0
   private queuedEvents = 0
-  private oldestFailure: number | undefined
-  private lastError = ''
+  /** Why the last append failed; undefined when it succeeded. */
+  failure: string | undefined
+  /** Nothing is sent any more. */
+  isAbandoned = false
 
   constructor(
     client: RedisClient,
@@ -190,9 +204,10 @@ export class Appender {
     return this.queuedBytes > this.options.maxQueueBytes
   }
 
-  /** Since when (ms epoch) appends have been failing, and why; undefined when they succeed. */
-  get failure(): { since: number; error: string } | undefined {
-    return this.oldestFailure === undefined ? undefined : { since: this.oldestFailure, error: this.lastError }
+  /** For how long the oldest event has been waiting for Redis. */
+  get waitingMs(): number {
+    const now = Date.now()
+    return Math.max(...this.lanes.map((lane) => now - (lane.waitingSince ?? now)))
   }
 
   /**
@@ -218,7 +233,7 @@ export class Appender {
     call.bytes += bytes
     batch.bytes += bytes
     batch.events++
-    this.queuedBytes += bytes
+    this.queuedBytes += bytes + EVENT_OVERHEAD_BYTES
     this.queuedEvents++
     this.noteSession(call, event)
     if (!this.flushScheduled) {
@@ -252,7 +267,6 @@ export class Appender {
       case 'call.ended':
         note(call.session, event, ['reason', 'outcome', 'turn_count', 'duration_seconds', 'recording_url'])
         call.session.push('ended', '1')
-        call.due = 0
         break
       case 'call.connected':
       case 'call.disconnected':
@@ -262,7 +276,7 @@ export class Appender {
   }
 
   applied(batch: Batch, refused: [number, string][], seconds: number): void {
-    this.oldestFailure = undefined
+    this.failure = undefined
     const refusals = new Map(refused)
     const waiting = new Set<Origin>()
     let index = 0
@@ -278,7 +292,7 @@ export class Appender {
         waiting.add(origin)
       }
     }
-    this.queuedBytes -= batch.bytes
+    this.queuedBytes -= batch.bytes + batch.events * EVENT_OVERHEAD_BYTES
     this.queuedEvents -= batch.events
     this.metrics.flushEvents.observe(batch.events)
     this.metrics.flushSeconds.observe(seconds)
@@ -286,16 +300,25 @@ export class Appender {
   }
 
   failed(error: Error): void {
-    this.oldestFailure ??= Date.now()
-    this.lastError = error.message
+    this.failure = error.message
     this.metrics.flushFailures.inc()
     if (!isNoScript(error))
       this.log.warn({ err: error.message, queued: this.queuedEvents }, 'append failed, will retry')
   }
 
-  /** Resolves when all that was taken is stored. */
-  async drain(): Promise<void> {
-    while (!this.lanes.every((lane) => lane.isEmpty)) await sleep(2)
+  /** @returns true as soon as all that was taken is stored; false if it is not by then */
+  async drain(timeoutMs = Number.POSITIVE_INFINITY): Promise<boolean> {
+    const deadline = Date.now() + timeoutMs
+    while (this.queuedEvents > 0) {
+      if (Date.now() > deadline) return false
+      await sleep(2)
+    }
+    return true
+  }
+
+  /** Gives up what is not stored; Redis is not asked any more. */
+  abandon(): void {
+    this.isAbandoned = true
   }
 
   observe(): void {

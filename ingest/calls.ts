@@ -59,7 +59,7 @@ export async function listOpenCalls(
   cursor: string,
   limit: number,
 ): Promise<CallPage | undefined> {
-  const [, partitionText, scanText] = /^(\d{1,4})\.(\d{1,20})$/.exec(cursor || '0.0') ?? []
+  const [, partitionText, scanText] = /^(\d{1,4})\.(\d{1,15})$/.exec(cursor || '0.0') ?? []
   let partition = Number(partitionText ?? -1)
   let scan = scanText ?? '0'
   if (!partitions.all[partition]) return undefined

@@ -1,4 +1,5 @@
 /** What an ack is worth, `DURABILITY`: how to make sure of it behind each append, and whether this Redis can do it at all. */
+import { Cluster } from 'ioredis'
 import { OperatorError } from '../shared/config.js'
 import type { RedisClient } from '../shared/redis.js'
 
@@ -15,6 +16,12 @@ export async function durabilityCheck(
   durability: string,
 ): Promise<((client: RedisClient) => Promise<void>) | undefined> {
   if (durability === 'redis') return undefined
+  if (client instanceof Cluster) {
+    // WAIT and WAITAOF have no key, so a Cluster client would ask any node, not the one that executed the append.
+    throw new OperatorError(
+      `DURABILITY=${durability} wants a single Redis: on a Cluster only DURABILITY=redis is possible`,
+    )
+  }
   if (durability.startsWith('replicas:')) {
     const wanted = Number(durability.slice('replicas:'.length))
     const found = Number(/connected_slaves:(\d+)/.exec(await client.info('replication'))?.[1] ?? 0)

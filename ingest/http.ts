@@ -12,8 +12,10 @@ export interface Answer {
 }
 
 /** How long a request waits for Redis before it is told to come back. */
-const STORE_TIMEOUT_MS = 5000
+const REDIS_TIMEOUT_MS = 5000
 const RETRY_AFTER_SECONDS = '2'
+/** Many times what a body of real events has; the answer may have to name each of them. */
+const MAX_BODY_EVENTS = 100_000
 
 export function problem(status: string, code: string, message: string, headers?: Record<string, string>): Answer {
   return { status, body: { error: { code, message } }, ...(headers ? { headers } : {}) }
@@ -32,8 +34,8 @@ interface Rejected {
 /** Waits for the events of one request. */
 class Request implements Origin {
   private left = 1 // `sealed` takes it away, so that it cannot reach 0 before all events are in
-  readonly rejected: Rejected[] = []
-  accepted = 0
+  private readonly rejected: Rejected[] = []
+  private accepted = 0
   readonly stored: Promise<void>
   private resolve = () => {}
 
@@ -59,19 +61,35 @@ class Request implements Origin {
 
   settled(): void {}
 
+  answer(): Answer {
+    this.rejected.sort((a, b) => a.index - b.index)
+    return { status: '200 OK', body: { accepted: this.accepted, rejected: this.rejected } }
+  }
+
   private done(): void {
     if (--this.left === 0) this.resolve()
   }
 }
 
+const tooMany = problem(
+  '413 Payload Too Large',
+  'too_many_events',
+  `a body has at most ${MAX_BODY_EVENTS} events or lines`,
+)
+
 /** The events of a body, in order; a Refusal where one cannot be read. */
 function readBody(contentType: string, text: string): unknown[] | Answer {
-  if (contentType === 'application/x-ndjson') {
-    return text
-      .split('\n')
-      .filter((line) => line.trim() !== '')
-      .map(parseJson)
-  }
+  const events = contentType === 'application/x-ndjson' ? readLines(text) : readJson(text)
+  return Array.isArray(events) && events.length > MAX_BODY_EVENTS ? tooMany : events
+}
+
+function readLines(text: string): unknown[] | Answer {
+  const lines = text.split('\n', MAX_BODY_EVENTS + 2)
+  if (lines.length > MAX_BODY_EVENTS + 1) return tooMany // the last one may be what follows the last line's end: nothing
+  return lines.filter((line) => line.trim() !== '').map(parseJson)
+}
+
+function readJson(text: string): unknown[] | Answer {
   const parsed = parseJson(text)
   if (parsed instanceof Refusal) return problem('400 Bad Request', parsed.code, parsed.message)
   return Array.isArray(parsed) ? parsed : [parsed]
@@ -108,21 +126,20 @@ export async function postEvents(
     }
   })
   request.sealed()
-  if (!(await inTime(request.stored))) {
-    return overloaded(
-      'Redis did not answer in time; the events may be stored all the same, so send them again with their id or seq',
-    )
-  }
-  request.rejected.sort((a, b) => a.index - b.index)
-  return { status: '200 OK', body: { accepted: request.accepted, rejected: request.rejected } }
+  const late = overloaded(
+    'Redis did not answer in time; the events may be stored all the same, so send them again with their id or seq',
+  )
+  return inTime(
+    request.stored.then(() => request.answer()),
+    late,
+  )
 }
 
-async function inTime(stored: Promise<void>): Promise<boolean> {
+/** @returns `late` when the result is not there in time */
+export async function inTime<T>(result: Promise<T>, late: T): Promise<T> {
   let timer: NodeJS.Timeout | undefined
-  const late = new Promise<false>((resolve) => {
-    timer = setTimeout(() => resolve(false), STORE_TIMEOUT_MS)
+  const timeout = new Promise<T>((resolve) => {
+    timer = setTimeout(() => resolve(late), REDIS_TIMEOUT_MS)
   })
-  const result = await Promise.race([stored.then(() => true), late])
-  clearTimeout(timer)
-  return result
+  return Promise.race([result, timeout]).finally(() => clearTimeout(timer))
 }

@@ -1,13 +1,14 @@
 /** The ingest process: accept → parse → append → ack. */
 import { type Config, OperatorError } from '../shared/config.js'
 import { parseEvent, Refusal } from '../shared/events.js'
+import type { Partitions } from '../shared/keys.js'
 import type { Logger } from '../shared/log.js'
 import { createIngestMetrics } from '../shared/metrics.js'
-import { connectRedis, openPartitions } from '../shared/redis.js'
+import { connectRedis, openPartitions, type RedisClient } from '../shared/redis.js'
 import { Appender } from './append.js'
 import { listOpenCalls, readLiveCall } from './calls.js'
 import { durabilityCheck } from './durability.js'
-import { type Answer, postEvents, problem } from './http.js'
+import { type Answer, inTime, overloaded, postEvents, problem } from './http.js'
 import { listen, type Routes } from './server.js'
 import { StreamConnection } from './stream.js'
 
@@ -18,8 +19,10 @@ export interface Ingest {
   stop(): Promise<void>
 }
 
-/** Appends that fail for longer make the process unready, so that a balancer sends producers elsewhere. */
+/** Events that wait for Redis for longer make the process unready, so that a balancer sends producers elsewhere. */
 const UNREADY_AFTER_MS = 5000
+/** What Redis has not taken by then when ingest stops is given up: no producer was told that it is stored. */
+const STOP_TIMEOUT_MS = 5000
 const LOOPBACK = new Set(['127.0.0.1', '::1', 'localhost'])
 
 /** @throws OperatorError when the configuration does not allow to start, or Redis cannot be used */
@@ -49,46 +52,38 @@ export async function startIngest(config: Config, log: Logger): Promise<Ingest> 
         const boundTo = query.get('call_sid') ?? undefined
         if (boundTo !== undefined) {
           const check = parseEvent({ type: 'call.ended', call_sid: boundTo })
-          if (check instanceof Refusal) return problem('400 Bad Request', check.code, check.message)
+          if (check instanceof Refusal) return check
         }
+        if (stopping) return new Refusal('stopping', 'the process is stopping')
         metrics.connections.inc()
         const options = { window: config.WINDOW, maxMessageBytes: config.MAX_MESSAGE_BYTES }
         const connection = new StreamConnection(socket, boundTo, appender, options, metrics)
         return {
           opened: () => connection.opened(),
-          accept: (text) => connection.accept(text),
+          // What is not taken is not acked: its producer sends it to whoever comes next.
+          accept: (text) => stopping || connection.accept(text),
           closed: (code) => {
             metrics.connections.dec()
             connection.closed(code)
           },
         }
       },
-      postEvents: (contentType, body) => postEvents(contentType, body, appender, metrics),
-      async listCalls(query) {
-        const limit = Number(query.get('limit') ?? 100)
-        if ((query.get('state') ?? 'active') !== 'active') return badQuery('state wants active')
-        if (!Number.isInteger(limit) || limit < 1 || limit > 1000)
-          return badQuery('limit wants an integer from 1 to 1000')
-        const page = await listOpenCalls(redis, partitions, query.get('cursor') ?? '', limit)
-        return page ? { status: '200 OK', body: page } : badQuery('cursor wants what `next` of the page before was')
+      async postEvents(contentType, body) {
+        return stopping ? overloaded('the process is stopping') : postEvents(contentType, body, appender, metrics)
       },
-      async getCall(callSid) {
-        const call = await readLiveCall(redis, partitions, callSid)
-        return call
-          ? { status: '200 OK', body: call }
-          : problem('404 Not Found', 'unknown_call', 'Redis has no such call')
-      },
+      listCalls: (query) => inTime(listCalls(redis, partitions, query), NO_ANSWER),
+      getCall: (callSid) => inTime(getCall(redis, partitions, callSid), NO_ANSWER),
       async metrics() {
         appender.observe()
         const { registry } = metrics
         return { status: '200 OK', headers: { 'Content-Type': registry.contentType }, body: await registry.metrics() }
       },
       ready() {
-        const { failure } = appender
         if (stopping) return problem('503 Service Unavailable', 'stopping', 'the process is stopping')
         if (redis.status !== 'ready') return problem('503 Service Unavailable', 'redis', `Redis: ${redis.status}`)
-        if (failure && Date.now() - failure.since > UNREADY_AFTER_MS) {
-          return problem('503 Service Unavailable', 'no_progress', `Redis stores nothing: ${failure.error}`)
+        if (appender.waitingMs > UNREADY_AFTER_MS) {
+          const why = appender.failure ?? 'it does not answer'
+          return problem('503 Service Unavailable', 'no_progress', `Redis stores nothing: ${why}`)
         }
         return { status: '200 OK', body: { status: 'ready' } }
       },
@@ -113,9 +108,16 @@ export async function startIngest(config: Config, log: Logger): Promise<Ingest> 
       async stop() {
         stopping = true
         server.stopListening()
-        await appender.drain()
+        const stored = await appender.drain(STOP_TIMEOUT_MS)
         server.closeConnections()
-        await appender.drain() // closing bound connections records that they closed
+        // Closing bound connections records that they closed.
+        if (!stored || !(await appender.drain(STOP_TIMEOUT_MS))) {
+          log.error(
+            { err: appender.failure ?? 'no answer' },
+            'ingest stops although Redis has not stored all it was given',
+          )
+        }
+        appender.abandon()
         redis.disconnect()
         log.info('ingest stopped')
       },
@@ -124,6 +126,21 @@ export async function startIngest(config: Config, log: Logger): Promise<Ingest> 
     redis.disconnect()
     throw error
   }
+}
+
+const NO_ANSWER = overloaded('Redis did not answer in time')
+
+async function listCalls(redis: RedisClient, partitions: Partitions, query: URLSearchParams): Promise<Answer> {
+  const limit = Number(query.get('limit') ?? 100)
+  if ((query.get('state') ?? 'active') !== 'active') return badQuery('state wants active')
+  if (!Number.isInteger(limit) || limit < 1 || limit > 1000) return badQuery('limit wants an integer from 1 to 1000')
+  const page = await listOpenCalls(redis, partitions, query.get('cursor') ?? '', limit)
+  return page ? { status: '200 OK', body: page } : badQuery('cursor wants what `next` of the page before was')
+}
+
+async function getCall(redis: RedisClient, partitions: Partitions, callSid: string): Promise<Answer> {
+  const call = await readLiveCall(redis, partitions, callSid)
+  return call ? { status: '200 OK', body: call } : problem('404 Not Found', 'unknown_call', 'Redis has no such call')
 }
 
 function badQuery(message: string): Answer {

@@ -3,9 +3,9 @@
 import uWS from 'uWebSockets.js'
 import { createHash, timingSafeEqual } from 'node:crypto'
 import { OperatorError } from '../shared/config.js'
-import type { Answer } from './http.js'
-import { problem } from './http.js'
-import { CLOSE_GOING_AWAY, type Socket } from './stream.js'
+import { Refusal } from '../shared/events.js'
+import { type Answer, overloaded, problem } from './http.js'
+import { CLOSE_GOING_AWAY, CLOSE_REFUSED, type Socket } from './stream.js'
 
 /** What a WebSocket's events are handed to. */
 export interface Connection {
@@ -16,8 +16,8 @@ export interface Connection {
 }
 
 export interface Routes {
-  /** A new `/v1/stream` connection; an Answer refuses it. */
-  stream(socket: Socket, query: URLSearchParams): Connection | Answer
+  /** A new `/v1/stream` connection; a Refusal closes it. */
+  stream(socket: Socket, query: URLSearchParams): Connection | Refusal
   postEvents(contentType: string, body: Buffer): Promise<Answer>
   listCalls(query: URLSearchParams): Promise<Answer>
   getCall(callSid: string): Promise<Answer>
@@ -38,13 +38,17 @@ export interface Server {
   port: number
   /** Takes no new connection or request from now on. */
   stopListening(): void
-  /** Closes what is still open, with 1001. */
+  /** Closes what is still open: WebSockets with 1001, and after LINGER_MS whatever has not gone by itself. */
   closeConnections(): void
 }
 
 /** What a slow reader may leave unread before its connection is cut: acks are small, a client that reads none is broken. */
 const MAX_UNREAD_BYTES = 1024 * 1024
 const IDLE_SECONDS = 60
+/** For closing handshakes and the last answers, before connections are cut. */
+const LINGER_MS = 1000
+/** uSockets' LIBUS_LISTEN_EXCLUSIVE_PORT. Without it a second ingest would silently share the port with the first. */
+const EXCLUSIVE_PORT = 1
 const JSON_TYPE = 'application/json; charset=utf-8'
 
 interface SocketData {
@@ -54,17 +58,15 @@ interface SocketData {
 
 type UwsSocket = uWS.WebSocket<SocketData>
 
-/** @throws OperatorError when the port cannot be listened on */
+/** @throws OperatorError when the port cannot be listened on, or the certificate cannot be used */
 export function listen(options: ServerOptions, routes: Routes): Promise<Server> {
-  const { tls } = options
-  const app = tls ? uWS.SSLApp({ cert_file_name: tls.cert, key_file_name: tls.key }) : uWS.App()
+  const app = createApp(options)
   const open = new Set<UwsSocket>()
   const allowed = tokenCheck(options.tokens)
 
-  addStream(app, options, routes, allowed, open)
   app.post('/v1/events', (res, req) => {
     const contentType = req.getHeader('content-type')
-    const answer = respond(res)
+    const answer = respond(res, req)
     if (!allowed(req)) return answer(UNAUTHORIZED, true)
     if (Number(req.getHeader('content-length') || 0) > options.maxBodyBytes) return answer(tooLarge(options), true)
     readBody(res, options.maxBodyBytes, (body) => {
@@ -72,30 +74,33 @@ export function listen(options: ServerOptions, routes: Routes): Promise<Server> 
       else answerWith(answer, routes.postEvents(contentType, body))
     })
   })
-  const get = (path: string, handle: (req: uWS.HttpRequest) => Promise<Answer> | Answer, needsToken: boolean) =>
-    app.get(path, (res, req) => {
-      const answer = respond(res)
+  anythingElse(app, '/v1/events', 'POST')
+  const get = (path: string, handle: (req: uWS.HttpRequest) => Promise<Answer> | Answer, needsToken: boolean) => {
+    const handler = (res: uWS.HttpResponse, req: uWS.HttpRequest) => {
+      const answer = respond(res, req)
       if (needsToken && !allowed(req)) return answer(UNAUTHORIZED)
       answerWith(answer, handle(req))
-    })
+    }
+    app.get(path, handler).head(path, handler)
+    anythingElse(app, path, 'GET, HEAD')
+  }
+  addStream(app, options, routes, allowed, open)
+  get('/v1/stream', () => UPGRADE_REQUIRED, true)
   get('/v1/calls', (req) => routes.listCalls(new URLSearchParams(req.getQuery())), true)
   get('/v1/calls/:call_sid', (req) => routes.getCall(decode(req.getParameter(0))), true)
   get('/metrics', () => routes.metrics(), false)
   get('/healthz', () => ({ status: '200 OK', body: { status: 'ok' } }), false)
   get('/readyz', () => routes.ready(), false)
   app.any('/*', (res, req) => {
-    const { status, body } = problem(
-      '404 Not Found',
-      'not_found',
-      `there is no ${req.getMethod().toUpperCase()} ${req.getUrl()}`,
-    )
-    respond(res)({ status, body })
+    const message = `there is no ${req.getMethod().toUpperCase()} ${req.getUrl()}`
+    respond(res, req)(problem('404 Not Found', 'not_found', message))
   })
 
   return new Promise((resolve, reject) => {
-    app.listen(options.host, options.port, (socket) => {
+    ;(app as unknown as ListenWithOptions).listen(options.host, options.port, EXCLUSIVE_PORT, (socket) => {
       if (!socket) {
-        reject(new OperatorError(`INGEST_PORT: cannot listen on ${options.host}:${options.port}; is it in use?`))
+        const message = `cannot listen on ${options.host}:${options.port}: it is in use, or not an address of this machine`
+        reject(new OperatorError(`INGEST_PORT, INGEST_HOST: ${message}`))
         return
       }
       resolve({
@@ -104,10 +109,31 @@ export function listen(options: ServerOptions, routes: Routes): Promise<Server> 
         closeConnections: () => {
           for (const ws of [...open])
             ws.end(CLOSE_GOING_AWAY, 'calltape is going away: reconnect and resend what was not acked')
+          setTimeout(() => app.close(), LINGER_MS)
         },
       })
     })
   })
+}
+
+/** What the library can do, but its types do not know. */
+interface ListenWithOptions {
+  listen(host: string, port: number, options: number, done: (socket: uWS.us_listen_socket | false) => void): void
+}
+
+function createApp({ tls }: ServerOptions): uWS.TemplatedApp {
+  if (!tls) return uWS.App()
+  try {
+    return uWS.SSLApp({ cert_file_name: tls.cert, key_file_name: tls.key })
+  } catch {
+    throw new OperatorError(`TLS_CERT_FILE, TLS_KEY_FILE: no certificate with its key in ${tls.cert} and ${tls.key}`)
+  }
+}
+
+/** Answers the methods that `path` does not have. */
+function anythingElse(app: uWS.TemplatedApp, path: string, methods: string): void {
+  const answer = problem('405 Method Not Allowed', 'method_not_allowed', `${path} wants ${methods}`, { Allow: methods })
+  app.any(path, (res, req) => respond(res, req)(answer, true))
 }
 
 function addStream(
@@ -123,11 +149,11 @@ function addStream(
     idleTimeout: IDLE_SECONDS,
     sendPingsAutomatically: true,
     upgrade(res, req, context) {
-      if (!allowed(req)) return respond(res)(UNAUTHORIZED)
+      if (!allowed(req)) return respond(res, req)(UNAUTHORIZED)
       res.upgrade<SocketData>(
         { query: req.getQuery() },
         req.getHeader('sec-websocket-key'),
-        req.getHeader('sec-websocket-protocol'),
+        req.getHeader('sec-websocket-protocol').split(',')[0]!.trim(), // of those offered, one may be chosen
         req.getHeader('sec-websocket-extensions'),
         context,
       )
@@ -145,8 +171,8 @@ function addStream(
         },
       }
       const connection = routes.stream(socket, new URLSearchParams(data.query))
-      if ('status' in connection) {
-        ws.end(1008, JSON.stringify(connection.body).slice(0, 120))
+      if (connection instanceof Refusal) {
+        ws.end(CLOSE_REFUSED, closeReason(connection.message))
         return
       }
       data.connection = connection
@@ -162,7 +188,16 @@ function addStream(
   })
 }
 
-const UNAUTHORIZED: Answer = problem(
+/** As much as a close frame takes, without half a character at its end. */
+function closeReason(text: string): string {
+  return new TextDecoder().decode(Buffer.from(text).subarray(0, 123), { stream: true })
+}
+
+const UPGRADE_REQUIRED = problem('426 Upgrade Required', 'upgrade_required', '/v1/stream is a WebSocket', {
+  Upgrade: 'websocket',
+})
+
+const UNAUTHORIZED = problem(
   '401 Unauthorized',
   'unauthorized',
   'send Authorization: Bearer with one of INGEST_TOKENS',
@@ -191,31 +226,34 @@ function tokenCheck(tokens: string[]): (req: uWS.HttpRequest) => boolean {
 type AnswerFunction = (answer: Answer, closeConnection?: boolean) => void
 
 /** A response may be written only while its client is there. */
-function respond(res: uWS.HttpResponse): AnswerFunction {
+function respond(res: uWS.HttpResponse, req: uWS.HttpRequest): AnswerFunction {
+  const isHead = req.getMethod() === 'head'
   let gone = false
   res.onAborted(() => {
     gone = true
   })
-  return (answer, closeConnection = false) => {
+  return ({ status, headers, body }, closeConnection = false) => {
     if (gone) return
+    const text = typeof body === 'string' ? body : JSON.stringify(body)
     gone = true
     res.cork(() => {
-      res.writeStatus(answer.status)
-      for (const [name, value] of Object.entries(answer.headers ?? {})) res.writeHeader(name, value)
-      if (typeof answer.body === 'string') {
-        res.end(answer.body, closeConnection)
+      res.writeStatus(status)
+      if (typeof body !== 'string') res.writeHeader('Content-Type', JSON_TYPE)
+      for (const [name, value] of Object.entries(headers ?? {})) res.writeHeader(name, value)
+      if (isHead) {
+        // Given any argument, endWithoutBody would wait for a body of that length and block the connection.
+        res.writeHeader('Content-Length', String(Buffer.byteLength(text))).endWithoutBody()
       } else {
-        res.writeHeader('Content-Type', JSON_TYPE).end(JSON.stringify(answer.body), closeConnection)
+        res.end(text, closeConnection)
       }
     })
   }
 }
 
 function answerWith(answer: AnswerFunction, result: Promise<Answer> | Answer): void {
-  Promise.resolve(result).then(
-    (value) => answer(value),
-    (error: Error) => answer(problem('503 Service Unavailable', 'unavailable', error.message, { 'Retry-After': '2' })),
-  )
+  Promise.resolve(result)
+    .then((value) => answer(value))
+    .catch((error: Error) => answer(overloaded(error.message)))
 }
 
 /** @param done gets undefined when the body is larger than `maxBytes` */

@@ -17,6 +17,7 @@ export interface StreamOptions {
 }
 
 export const CLOSE_GOING_AWAY = 1001
+export const CLOSE_REFUSED = 1008
 export const CLOSE_OVERLOADED = 1013
 export const CLOSE_WINDOW_EXCEEDED = 4008
 
@@ -64,11 +65,14 @@ export class StreamConnection implements Origin {
     if (message instanceof Refusal) {
       this.refuse(++this.received, message) // what it held cannot be known: it counts as one event
     } else if (Array.isArray(message)) {
-      for (const given of message) this.acceptEvent(given)
+      for (const given of message) {
+        if (!this.open || this.isOverWindow) break // however many there are: nobody will be told what became of them
+        this.acceptEvent(given)
+      }
     } else {
       this.acceptEvent(message, text)
     }
-    if (this.received - this.through > this.options.window) {
+    if (this.isOverWindow) {
       const reason = `more than ${this.options.window} events unacknowledged`
       this.socket.close(CLOSE_WINDOW_EXCEEDED, reason)
     } else if (this.appender.isFull) {
@@ -78,6 +82,10 @@ export class StreamConnection implements Origin {
       )
     }
     this.sendAck()
+  }
+
+  private get isOverWindow(): boolean {
+    return this.received - this.through > this.options.window
   }
 
   private acceptEvent(given: unknown, text?: string): void {

@@ -14,10 +14,11 @@ const list = z.string().transform((v) =>
     .filter(Boolean),
 )
 
-const redisUrl = z.string().refine((v) => v.split(',').every((u) => /^rediss?:\/\/\S+$/.test(u.trim())), {
+const isUrl = (v: string, pattern: RegExp) => pattern.test(v) && URL.canParse(v)
+const redisUrl = z.string().refine((v) => v.split(',').every((u) => isUrl(u.trim(), /^rediss?:\/\/\S+$/)), {
   message: 'wants redis://[user:password@]host:port[/db] or rediss://…; several, comma-separated, for a Cluster',
 })
-const databaseUrl = z.string().refine((v) => /^postgres(ql)?:\/\/\S+$/.test(v), {
+const databaseUrl = z.string().refine((v) => isUrl(v, /^postgres(ql)?:\/\/\S+$/), {
   message: 'wants postgres://user:password@host:port/database',
 })
 

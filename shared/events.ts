@@ -308,24 +308,22 @@ export function parseEvent(given: unknown, bound?: string, internal = false): Pa
   for (const name of Object.keys(source)) {
     const value = source[name]
     const rule = typeRules.fields.get(name)
-    if (rule === undefined) {
-      if (isDeeperThan(value, MAX_DEPTH)) {
-        return new Refusal('invalid_field', `${name} is nested more than ${MAX_DEPTH} deep`, name)
-      }
+    if (value === null && rule) {
+      changed = true // null is how many languages write "absent"
+      continue
+    }
+    const checked = rule ? rule.check(value) : WRONG
+    if (checked !== WRONG) {
+      if (checked !== value) changed = true
+      event[name] = checked
+    } else if (rule && !rule.lenient) {
+      return new Refusal('invalid_field', `${name} wants ${rule.wants}; got ${show(value)}`, name)
+    } else if (isDeeperThan(value, MAX_DEPTH - 1)) {
+      // One level less than an object may have: it goes into one.
+      return new Refusal('invalid_field', `${name} wants to be nested at most ${MAX_DEPTH - 1} deep`, name)
+    } else {
       extras ??= []
       extras.push(name)
-    } else if (value === null && !rule.required) {
-      changed = true // null is how many languages write "absent"
-    } else {
-      const checked = rule.check(value)
-      if (checked === WRONG) {
-        if (!rule.lenient) return new Refusal('invalid_field', `${name} wants ${rule.wants}; got ${show(value)}`, name)
-        extras ??= []
-        extras.push(name)
-      } else {
-        if (checked !== value) changed = true
-        event[name] = checked
-      }
     }
   }
   if (bound !== undefined && event.call_sid !== bound) {

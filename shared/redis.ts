@@ -12,6 +12,8 @@ import { readPackageFile } from './package-root.js'
 export type RedisClient = Redis | Cluster
 
 const MIN_VERSION = [7, 0] as const
+/** A connection that owes a reply for so long is given up: TCP alone would wait a quarter of an hour for a dead machine. */
+const SILENCE_MS = 5000
 
 /**
  * Connects and waits until the server answers. Afterwards it reconnects for ever, with backoff and jitter.
@@ -29,6 +31,7 @@ export async function connectRedis(url: string, log: Logger): Promise<RedisClien
     autoResendUnfulfilledCommands: false,
     enableOfflineQueue: false,
     lazyConnect: true,
+    socketTimeout: SILENCE_MS,
     protocol: 2 as const,
   }
   const retry = (times: number) => Math.min(50 * 2 ** Math.min(times, 6), 2000) * (0.5 + Math.random() / 2)
@@ -39,6 +42,7 @@ export async function connectRedis(url: string, log: Logger): Promise<RedisClien
           lazyConnect: true,
           enableOfflineQueue: false,
           clusterRetryStrategy: retry,
+          shardedSubscribers: true, // else what ssubscribe brings is dropped
           redisOptions: {
             ...common,
             username: first.username || undefined,

@@ -46,7 +46,7 @@ for p = 1, #KEYS / 3 do
     local stream = ARGV[3 + 2 * p] .. sid
     local cursor, read, waiting = progress(stream)
     if cursor then
-      local session = redis.call('HMGET', ARGV[4 + 2 * p] .. sid, 'bytes', 'lapses')
+      local session = redis.pcall('HMGET', ARGV[4 + 2 * p] .. sid, 'bytes', 'lapses')
       redis.call('ZADD', leased, deadline, sid)
       leases[#leases + 1] = {
         p, sid, cursor, waiting, read, redis.call('ZSCORE', ended, sid) and 1 or 0, tonumber(session[2] or 0), popped[2],

@@ -110,7 +110,8 @@ export class Leases {
       const p = lease.partition
       keys.push(p.ready, p.leased, p.open, p.ended, p.streamPrefix + lease.callSid, p.sessionPrefix + lease.callSid)
       const read = lease.read < 0 ? -1 : lease.read + count
-      args.push(lease.callSid, last ?? '', read, finalized ? 1 : 0, lease.lapses > 0 ? 1 : 0)
+      const forget = last !== undefined && lease.lapses > 0
+      args.push(lease.callSid, last ?? lease.cursor, read, finalized ? 1 : 0, forget ? 1 : 0)
     }
     return (await settleScript.run(this.client, keys, args)) as [number, number[]]
   }

@@ -18,13 +18,15 @@ for p = 1, (#KEYS - 1) / 3 do
   local sids = redis.call('ZRANGE', open, '-inf', '(' .. now, 'BYSCORE', 'LIMIT', 0, left)
   for _, sid in ipairs(sids) do
     redis.call('ZREM', open, sid)
-    local session = redis.call('HMGET', ARGV[2 * p + 1] .. sid, 'connection', 'status')
+    local session_key = ARGV[2 * p + 1] .. sid
+    local session = redis.pcall('HMGET', session_key, 'connection', 'status')
     -- What the call looked like when it was last heard of is why it is presumed over.
     local reason = END_STATUS[session[2]] and session[2] or session[1] == 'disconnected' and 'disconnected' or 'abandoned'
-    local stream = ARGV[2 * p] .. sid
-    if redis.call('EXISTS', stream) == 1 then
-      redis.call('XADD', stream, '*', 'e',
-        '{"type":"call.ended","call_sid":"' .. sid .. '","source":"calltape","reason":"' .. reason .. '"}')
+    -- A stream that is gone is not made anew; a key that is not ours any more must not stop the calls behind it.
+    local id = redis.pcall('XADD', ARGV[2 * p] .. sid, 'NOMKSTREAM', '*', 'e',
+      '{"type":"call.ended","call_sid":"' .. sid .. '","source":"calltape","reason":"' .. reason .. '"}')
+    if type(id) == 'string' then
+      redis.pcall('HSET', session_key, 'ended', '1', 'reason', reason)
       if not redis.call('ZSCORE', leased, sid) then redis.call('ZADD', ready, 'NX', now, sid) end
       reaped[#reaped + 1] = sid
     end

@@ -17,7 +17,7 @@ for p = 1, (#KEYS - 1) / 2 do
   for _, sid in ipairs(sids) do
     redis.call('ZREM', leased, sid)
     -- Counted here and not by the sink: a count must survive an entry that kills the process.
-    redis.call('HINCRBY', ARGV[1 + p] .. sid, 'lapses', 1)
+    redis.pcall('HINCRBY', ARGV[1 + p] .. sid, 'lapses', 1)
     redis.call('ZADD', ready, now, sid)
     reclaimed[#reclaimed + 1] = sid
   end

@@ -7,7 +7,7 @@
 --       then for each call: ready, leased, open, ended, stream, session
 -- ARGV  [1] the leases' token (their deadline)
 --       then for each call: call_sid
---                           last entry committed ('': none, the call is only given back)
+--                           last entry committed (the cursor as it was: the call is only given back)
 --                           entries read by the group up to there (-1: unknown)
 --                           1 if the call is finalized, else 0
 --                           1 if its lapses are to be forgotten, else 0
@@ -24,21 +24,17 @@ for c = 0, (#KEYS - 1) / 6 - 1 do
     lapsed = lapsed + 1
   else
     redis.call('ZREM', leased, sid)
-    local from = '-'
-    if last ~= '' then
-      from = '(' .. last
-      if read == '-1' then
-        redis.pcall('XGROUP', 'SETID', stream, 'sink', last)
-      else
-        redis.pcall('XGROUP', 'SETID', stream, 'sink', last, 'ENTRIESREAD', read)
-      end
-      if ARGV[a + 4] == '1' then redis.call('HDEL', KEYS[k + 5], 'lapses') end
+    if read == '-1' then
+      redis.pcall('XGROUP', 'SETID', stream, 'sink', last)
+    else
+      redis.pcall('XGROUP', 'SETID', stream, 'sink', last, 'ENTRIESREAD', read)
     end
+    if ARGV[a + 4] == '1' then redis.pcall('HDEL', KEYS[k + 5], 'lapses') end
     if ARGV[a + 3] == '1' then
       redis.call('ZREM', open, sid)
       redis.call('ZADD', ended, now, sid)
     end
-    local news = redis.call('XRANGE', stream, from, '+', 'COUNT', 1)
+    local news = redis.pcall('XRANGE', stream, '(' .. last, '+', 'COUNT', 1)
     if news[1] then
       local partition = string.match(ready, '{(%d+)}')
       -- The entry's own time, so that the age of the oldest entry waiting stays exact.

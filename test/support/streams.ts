@@ -4,7 +4,7 @@ import { type AddressInfo, connect, createServer, type Server, type Socket } fro
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import getPort from 'get-port'
-import { type LocalServer, startRedis } from '../../cli/local-redis.js'
+import { startRedis } from '../../cli/local-redis.js'
 import { Appender, type AppenderOptions, type Origin } from '../../ingest/append.js'
 import type { CallEvent, Refusal, Turn } from '../../shared/events.js'
 import { GROUP, type PartitionKeys, type Partitions } from '../../shared/keys.js'
@@ -72,6 +72,10 @@ export class Producer {
   /** @throws the first refusal */
   async store(...events: CallEvent[]): Promise<void> {
     for (const refusal of await Promise.all(events.map((event) => this.put(event)))) if (refusal) throw refusal
+  }
+
+  get settled(): number {
+    return this.timesSettled.reduce((sum, times) => sum + times, -1)
   }
 
   async failures(): Promise<number> {
@@ -156,8 +160,10 @@ export function committed({ lease, entries }: LeasedEntries, count = entries.len
 
 export const givenBack = (lease: Lease): Settlement => ({ lease, last: undefined, count: 0, finalized: false })
 
+export type LocalRedis = Awaited<ReturnType<typeof startRedis>>
+
 /** A Redis of the suite's own, for what reaches beyond one database: channels, scripts, other connections, a Cluster. */
-export async function ownRedis(mode: 'single' | 'cluster' = 'single'): Promise<LocalServer> {
+export async function ownRedis(mode: 'single' | 'cluster' = 'single'): Promise<LocalRedis> {
   const folder = await mkdtemp(join(tmpdir(), 'calltape-test-redis-'))
   const cluster = ['--cluster-enabled', 'yes', '--cluster-announce-ip', '127.0.0.1', '--cluster-port']
   const args = mode === 'cluster' ? [...cluster, String(await getPort())] : []
@@ -172,7 +178,7 @@ export async function ownRedis(mode: 'single' | 'cluster' = 'single'): Promise<L
 }
 
 /** Stands between a client and Redis, to hold back what they say to each other and to cut them off in between. */
-export class Proxy {
+export class Relay {
   holdRequests = false
   holdReplies = false
   private heldRequests: [Socket, Buffer][] = []
@@ -184,17 +190,17 @@ export class Proxy {
     readonly url: string,
   ) {}
 
-  static async start(redisUrl: string): Promise<Proxy> {
+  static async start(redisUrl: string): Promise<Relay> {
     const target = new URL(redisUrl)
     const server = createServer((client) => {
       const redis = connect(Number(target.port), target.hostname)
-      client.on('data', (data) => (proxy.holdRequests ? proxy.heldRequests.push([redis, data]) : redis.write(data)))
-      redis.on('data', (data) => (proxy.holdReplies ? proxy.heldReplies.push([client, data]) : client.write(data)))
+      client.on('data', (data) => (relay.holdRequests ? relay.heldRequests.push([redis, data]) : redis.write(data)))
+      redis.on('data', (data) => (relay.holdReplies ? relay.heldReplies.push([client, data]) : client.write(data)))
       for (const [socket, other] of [[client, redis] as const, [redis, client] as const]) {
-        proxy.sockets.add(socket)
+        relay.sockets.add(socket)
         socket.on('error', () => undefined) // a cut connection: its 'close' follows
         socket.on('close', () => {
-          proxy.sockets.delete(socket)
+          relay.sockets.delete(socket)
           other.destroy()
         })
       }
@@ -202,8 +208,8 @@ export class Proxy {
     await new Promise<void>((resolve) => server.listen(0, '127.0.0.1', resolve))
     const url = new URL(redisUrl)
     url.port = String((server.address() as AddressInfo).port)
-    const proxy = new Proxy(server, url.href)
-    return proxy
+    const relay = new Relay(server, url.href)
+    return relay
   }
 
   get holdsRequests(): boolean {

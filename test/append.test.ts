@@ -1,0 +1,160 @@
+/** append.lua: what one append does, and what it does not do twice. */
+import { afterEach, beforeEach, expect, test } from 'vitest'
+import type { CallEvent, CallStatus } from '../shared/events.js'
+import { freshRedis, type RedisDatabase } from './support/stores.js'
+import {
+  appendBatch,
+  callsIn,
+  entriesOf,
+  groupOf,
+  Producer,
+  placesOf,
+  seqsOf,
+  sessionOf,
+  streamOf,
+  turn,
+} from './support/streams.js'
+
+let redis: RedisDatabase
+beforeEach(async () => {
+  redis = await freshRedis()
+})
+afterEach(() => redis.drop())
+
+const sid = 'CA1'
+
+test('the_group_exists_from_the_first_entry', async () => {
+  const producer = new Producer(redis)
+  await producer.store(turn(sid, 0), turn(sid, 1))
+  expect(await groupOf(redis, sid)).toMatchObject({ 'last-delivered-id': '0-0', lag: 2, pending: 0 })
+  await producer.store(turn(sid, 2))
+  expect(await groupOf(redis, sid)).toMatchObject({ 'last-delivered-id': '0-0', lag: 3 })
+})
+
+test('a_call_with_entries_is_ready_since_the_first_of_them_and_open', async () => {
+  const producer = new Producer(redis, { idleTimeoutMs: 60_000 })
+  await producer.store(turn(sid, 0))
+  const first = await placesOf(redis, sid)
+  expect(Object.keys(first)).toEqual(['ready', 'open'])
+  // The script asks for the time before XADD does.
+  const [id] = (await entriesOf(redis, sid))[0]!
+  expect(Math.abs(first.ready! - Number.parseInt(id, 10))).toBeLessThan(1000)
+  expect(first.open! - first.ready!).toBe(60_000)
+  await new Promise((resolve) => setTimeout(resolve, 5))
+  await producer.store(turn(sid, 1))
+  const second = await placesOf(redis, sid)
+  expect(second.ready).toBe(first.ready)
+  expect(second.open).toBeGreaterThan(first.open!)
+})
+
+test('a_batch_sent_again_is_applied_once', async () => {
+  const batch = [{ sid, events: ['{"n":1}', '{"n":2}'], session: ['stage', 'first'] }]
+  expect(await appendBatch(redis, 'a', 1, 0, batch)).toEqual([])
+  await redis.client.hset(sessionOf(redis, sid), 'stage', 'later')
+  expect(await appendBatch(redis, 'a', 1, 0, batch)).toEqual([])
+  expect(await redis.client.xlen(streamOf(redis, sid))).toBe(2)
+  expect(await redis.client.hgetall(sessionOf(redis, sid))).toEqual({ bytes: '14', stage: 'later' })
+  await appendBatch(redis, 'a', 2, 1, [{ sid, events: ['{"n":3}'] }])
+  expect(await appendBatch(redis, 'a', 1, 0, batch)).toEqual([])
+  expect(await redis.client.xlen(streamOf(redis, sid))).toBe(3)
+})
+
+test('the_batches_of_two_producers_are_counted_apart', async () => {
+  for (const producer of ['a', 'b']) await appendBatch(redis, producer, 1, 0, [{ sid, events: [`"${producer}"`] }])
+  expect((await entriesOf(redis, sid)).map(([, fields]) => fields)).toEqual([
+    ['e', '"a"'],
+    ['e', '"b"'],
+  ])
+})
+
+test('a_batch_out_of_order_is_refused_with_GAP', async () => {
+  const batch = (n: number) => [{ sid, events: [`${n}`] }]
+  await expect(appendBatch(redis, 'a', 2, 0, batch(2)), 'before the first one').rejects.toThrow(/^GAP\b.*batch 1\b/)
+  await appendBatch(redis, 'a', 1, 0, batch(1))
+  await expect(appendBatch(redis, 'a', 3, 0, batch(3))).rejects.toThrow(/^GAP\b.*batch 2\b/)
+  await appendBatch(redis, 'a', 2, 0, batch(2))
+  await appendBatch(redis, 'a', 3, 0, batch(3))
+  expect((await entriesOf(redis, sid)).map(([, fields]) => fields[1])).toEqual(['1', '2', '3'])
+})
+
+test('what_the_producer_knows_to_be_applied_is_no_gap_when_Redis_forgot_it', async () => {
+  const batch = (n: number) => [{ sid, events: [`${n}`] }]
+  await appendBatch(redis, 'a', 1, 0, batch(1))
+  await redis.client.flushdb() // all of it forgotten …
+  await expect(appendBatch(redis, 'a', 9, 7, batch(9))).rejects.toThrow(/^GAP\b.*batch 8\b/)
+  expect(await appendBatch(redis, 'a', 8, 7, batch(8))).toEqual([])
+  expect(await appendBatch(redis, 'a', 15, 14, batch(15)), '… or only the last writes').toEqual([])
+  expect((await entriesOf(redis, sid)).map(([, fields]) => fields[1])).toEqual(['8', '15'])
+})
+
+test('an_end_status_in_the_session_never_goes_back', async () => {
+  const producer = new Producer(redis)
+  const seen: (string | null)[] = []
+  for (const status of ['ringing', 'in-progress', 'queued', 'completed', 'in-progress', 'failed', 'ringing'] as const) {
+    await producer.store({ type: 'call.status', call_sid: sid, status })
+    seen.push(await redis.client.hget(sessionOf(redis, sid), 'status'))
+  }
+  expect(seen).toEqual(['ringing', 'in-progress', 'queued', 'completed', 'completed', 'failed', 'failed'])
+  // Within one batch, too.
+  const together = (status: CallStatus): CallEvent => ({ type: 'call.status', call_sid: 'CA2', status })
+  await producer.store(together('busy'), together('ringing'))
+  expect(await redis.client.hget(sessionOf(redis, 'CA2'), 'status')).toBe('busy')
+})
+
+test('the_session_holds_what_producers_said_last', async () => {
+  const producer = new Producer(redis)
+  await producer.store(
+    { type: 'call.started', call_sid: sid, ts: 5, direction: 'inbound', from: '+1', to: '+2', provider: 'twilio' },
+    { type: 'call.data', call_sid: sid, stage: 'greeting' },
+    { type: 'call.data', call_sid: sid, stage: 'offer', data: { a: 1 } },
+    { type: 'call.connected', call_sid: sid },
+    { type: 'call.ended', call_sid: sid, reason: 'hangup', outcome: 'sold', turn_count: 0 },
+  )
+  const { bytes, ...session } = await redis.client.hgetall(sessionOf(redis, sid))
+  const sizes = (await entriesOf(redis, sid)).map(([, fields]) => fields[1]!.length)
+  expect(Number(bytes)).toBe(sizes.reduce((a, b) => a + b))
+  expect(session).toEqual({
+    started_at: '5',
+    direction: 'inbound',
+    from: '+1',
+    to: '+2',
+    provider: 'twilio',
+    stage: 'offer',
+    connection: 'connected',
+    reason: 'hangup',
+    outcome: 'sold',
+    turn_count: '0',
+    ended: '1',
+  })
+})
+
+test.each(['stream', 'session'] as const)('a_key_of_another_type_refuses_only_its_own_call: the %s', async (which) => {
+  const sids = callsIn(redis.partitions, 7, 3)
+  const [before, foreign, behind] = sids as [string, string, string]
+  await redis.client.set((which === 'stream' ? streamOf : sessionOf)(redis, foreign), 'of somebody else')
+  const producer = new Producer(redis)
+  await producer.store(turn('CA1', 0)) // Redis knows the script
+  const failures = await producer.failures()
+  const answers = await Promise.all(
+    [0, 1].flatMap((seq) => sids.map(async (sid) => [sid, seq, (await producer.put(turn(sid, seq)))?.code])),
+  )
+  expect(answers).toEqual([0, 1].flatMap((seq) => sids.map((s) => [s, seq, s === foreign ? 'not_stored' : undefined])))
+  for (const sid of [before, behind]) {
+    expect(await seqsOf(redis, sid)).toEqual([0, 1])
+    expect(Object.keys(await placesOf(redis, sid))).toEqual(['ready', 'open'])
+  }
+  expect(await placesOf(redis, foreign)).toEqual({})
+  expect(await redis.client.exists(streamOf(redis, foreign))).toBe(which === 'stream' ? 1 : 0)
+  // Nothing is left to be tried again, and those who come next are not held up.
+  await producer.appender.drain()
+  await producer.store(turn(behind, 2))
+  expect(await seqsOf(redis, behind)).toEqual([0, 1, 2])
+  expect(await producer.failures()).toBe(failures)
+  expect((await producer.metrics.refused.get()).values).toMatchObject([{ labels: { code: 'not_stored' }, value: 2 }])
+})
+
+test('a_refusal_names_what_Redis_said', async () => {
+  await redis.client.set(streamOf(redis, sid), 'of somebody else')
+  const refusal = await new Producer(redis).put(turn(sid, 0))
+  expect(refusal).toMatchObject({ code: 'not_stored', message: expect.stringContaining('WRONGTYPE') })
+})

@@ -1,0 +1,128 @@
+/** The protocol on a Redis Cluster of one node: no script touches two slots, and sinks are woken there, too. */
+import { afterAll, afterEach, beforeAll, beforeEach, expect, test } from 'vitest'
+import { connectRedis, openPartitions, type RedisClient } from '../shared/redis.js'
+import { Leases } from '../sink/lease.js'
+import { readEntries } from '../sink/read.js'
+import { log, until } from './support/stores.js'
+import {
+  committed,
+  eventsOf,
+  groupOf,
+  LIMITS,
+  type LocalRedis,
+  leaseAll,
+  ownRedis,
+  Producer,
+  placesOf,
+  type Store,
+  seqsOf,
+  turn,
+} from './support/streams.js'
+
+let server: LocalRedis
+let url: string
+let redis: Store
+let leases: Leases
+const clients: RedisClient[] = []
+
+async function connected(): Promise<RedisClient> {
+  const client = await connectRedis(url, log)
+  clients.push(client)
+  return client
+}
+
+beforeAll(async () => {
+  server = await ownRedis('cluster')
+  url = `${server.url},${server.url}`
+  const node = await connectRedis(server.url, log)
+  await node.call('CLUSTER', 'ADDSLOTSRANGE', '0', '16383')
+  await until('the cluster is up', async () => String(await node.call('CLUSTER', 'INFO')).includes('cluster_state:ok'))
+  node.disconnect()
+})
+afterAll(() => server.stop())
+beforeEach(async () => {
+  const client = await connected()
+  await client.flushall()
+  redis = { client, partitions: await openPartitions(client, 64) }
+  leases = new Leases(client, redis.partitions, LIMITS.leaseMs)
+})
+afterEach(() => {
+  for (const client of clients.splice(0)) client.disconnect()
+})
+
+const calls = Array.from({ length: 200 }, (_, c) => `CA${c}`)
+
+test('append_lease_read_and_settle_work_on_a_cluster', async () => {
+  const producer = new Producer(redis)
+  await producer.store(...[0, 1, 2].flatMap((seq) => calls.map((sid) => turn(sid, seq))))
+  const taken = await readEntries(redis.client, await leaseAll(leases, redis), LIMITS)
+  expect(taken.map(({ lease }) => lease.callSid).toSorted()).toEqual(calls.toSorted())
+  for (const { lease, entries } of taken) {
+    expect(entries).toHaveLength(3)
+    expect(await seqsOf(redis, lease.callSid)).toEqual([0, 1, 2])
+  }
+  expect(await leases.settle(taken.map((each) => committed(each)))).toEqual({ lapsed: 0, again: [] })
+  for (const sid of calls) expect(await groupOf(redis, sid)).toMatchObject({ lag: 0, pending: 0 })
+  expect(await leases.backlog()).toEqual({ readyCalls: 0, openCalls: calls.length, lagMs: 0 })
+})
+
+test('a_cluster_that_forgets_its_scripts_costs_nothing', async () => {
+  const producer = new Producer(redis)
+  await producer.store(turn('CA1', 0))
+  await redis.client.script('FLUSH')
+  await producer.store(...[1, 2].flatMap((seq) => calls.slice(0, 20).map((sid) => turn(sid, seq))))
+  expect(await seqsOf(redis, 'CA1')).toEqual([0, 1, 2])
+  expect(await seqsOf(redis, 'CA2')).toEqual([1, 2])
+  await redis.client.script('FLUSH')
+  expect(await leaseAll(leases, redis)).toHaveLength(20)
+})
+
+test('reclaim_works_on_a_cluster', async () => {
+  await new Producer(redis).store(...calls.map((sid) => turn(sid, 0)))
+  await leaseAll(leases, redis, { leaseMs: 1 })
+  await new Promise((resolve) => setTimeout(resolve, 20))
+  expect((await leases.reclaim(100)).toSorted()).toEqual(calls.toSorted())
+  for (const lease of await leaseAll(leases, redis)) expect(lease).toMatchObject({ lapses: 1, waiting: 1 })
+})
+
+test('reap_works_on_a_cluster', async () => {
+  await new Producer(redis, { idleTimeoutMs: 1 }).store(...calls.map((sid) => turn(sid, 0)))
+  await new Promise((resolve) => setTimeout(resolve, 20))
+  expect((await leases.reap(100)).toSorted()).toEqual(calls.toSorted())
+  for (const sid of calls) {
+    expect((await eventsOf(redis, sid)).at(-1)).toMatchObject({ type: 'call.ended', reason: 'abandoned' })
+    expect(Object.keys(await placesOf(redis, sid))).toEqual(['ready'])
+  }
+})
+
+/** The partitions whose news a sink's subscriber has heard. */
+async function listener(): Promise<Set<number>> {
+  const subscriber = await connected()
+  const heard = new Set<number>()
+  subscriber.on('smessage', (_channel: string, message: string) => {
+    for (const partition of message.split(',')) heard.add(Number(partition))
+  })
+  for (const channel of leases.wakeChannels) await subscriber.ssubscribe(channel)
+  return heard
+}
+
+test('appends_wake_sinks_on_a_cluster', async () => {
+  const heard = await listener()
+  await new Producer(redis).store(...calls.map((sid) => turn(sid, 0)))
+  const used = new Set(calls.map((sid) => redis.partitions.of(sid).partition))
+  await until('all have been heard', () => heard.size === used.size)
+  expect(heard).toEqual(used)
+})
+
+test('sinks_are_woken_again_after_their_subscription_was_cut', async () => {
+  const heard = await listener()
+  expect(await redis.client.call('CLIENT', 'KILL', 'TYPE', 'pubsub')).toBe(1)
+  const producer = new Producer(redis)
+  let seq = 0
+  await until('the wake-up is heard again', async () => {
+    await producer.store(turn('CA1', seq++))
+    const taken = await readEntries(redis.client, await leaseAll(leases, redis), LIMITS)
+    await leases.settle(taken.map((each) => committed(each)))
+    return heard.size > 0
+  })
+})
