@@ -26,10 +26,10 @@ program
   .option(
     '--calls <n>',
     'be a load generator: so many generated calls instead of the sample calls',
-    positive('--calls'),
+    positive('--calls', Number.isInteger),
   )
   .option('--rate <r>', 'turns a second, all calls together (with --calls; default: full speed)', positive('--rate'))
-  .option('--turns <n>', 'turns a call (with --calls)', positive('--turns'), 20)
+  .option('--turns <n>', 'turns a call (with --calls)', positive('--turns', Number.isInteger), 20)
   .action(async (options: { calls?: number; rate?: number; turns: number }) =>
     (await import('./demo.js')).demo(options),
   )
@@ -66,10 +66,13 @@ program
   .option('--json', 'as JSON')
   .action(async (callSid: string, options: { json?: boolean }) => (await import('./show.js')).show(callSid, options))
 
-function positive(option: string) {
+function positive(option: string, isFit: (value: number) => boolean = Number.isFinite) {
   return (text: string): number => {
     const value = Number(text)
-    if (!(value > 0)) throw new OperatorError(`${option} wants a number above 0, got ${text}`)
+    if (!(value > 0 && isFit(value))) {
+      const wants = isFit === Number.isInteger ? 'a whole number' : 'a number'
+      throw new OperatorError(`${option} wants ${wants} above 0, got ${text}`)
+    }
     return value
   }
 }

@@ -37,7 +37,7 @@ export interface ExpectedCall {
   session: Record<string, unknown>
 }
 
-/** What may be wrong. `unexpected`: a turn that nobody sent. `call row`: any other column of call_sessions. */
+/** What may be wrong. `unexpected`: a turn that nobody sent. `call row`: the other columns of call_sessions. */
 export const KINDS = ['missing', 'doubled', 'changed', 'out of order', 'unexpected', 'call row'] as const
 export type Kind = (typeof KINDS)[number]
 
@@ -62,6 +62,8 @@ export interface Report {
 }
 
 const MOST_DIFFERENCES = 20
+/** Characters of a value that a difference shows. */
+const SHORT = 70
 /** How much is read and compared at a time: bounds the memory, whatever the number of calls. */
 const PAGE_TURNS = 5000
 const PAGE_CALLS = 500
@@ -142,18 +144,10 @@ class Findings {
  */
 export function compareCall(expected: ExpectedCall, rows: TurnRow[], session: SessionRow | undefined): Difference[] {
   const findings = new Findings(expected.callSid)
+  const wrong = session ? wrongColumns(expected, session) : ['there is none']
+  if (wrong.length > 0) findings.add('call row', undefined, 'call_sessions', wrong.join('; '))
   compareTurns('call_transcript_turns', expected, rows, findings)
-  if (!session) {
-    findings.add('call row', undefined, 'call_sessions', 'there is no row')
-    return findings.all
-  }
-  if (!session.finalized_at) findings.add('call row', undefined, 'call_sessions', 'not finalized')
-  for (const [column, value] of Object.entries(expected.session)) {
-    if (isDeepStrictEqual(session[column], value)) continue
-    const detail = `${column} is ${short(session[column])} instead of ${short(value)}`
-    findings.add('call row', undefined, 'call_sessions', detail)
-  }
-  if (!session.full_transcript) return findings.all
+  if (!session?.full_transcript) return findings.all
   const transcript = session.full_transcript.map(({ timestamp, ...turn }) => ({
     ...turn,
     spoken_at: Date.parse(timestamp),
@@ -165,6 +159,13 @@ export function compareCall(expected: ExpectedCall, rows: TurnRow[], session: Se
     return last
   }, -1)
   return findings.all
+}
+
+function wrongColumns(expected: ExpectedCall, session: SessionRow): string[] {
+  if (!session.finalized_at) return ['not finalized'] // the rest of it is preliminary
+  return Object.entries(expected.session).flatMap(([column, value]) =>
+    isDeepStrictEqual(session[column], value) ? [] : `${column} is ${instead(session[column], value)}`,
+  )
 }
 
 function compareTurns(where: string, expected: ExpectedCall, found: Partial<TurnRow>[], findings: Findings): void {
@@ -180,15 +181,25 @@ function compareTurns(where: string, expected: ExpectedCall, found: Partial<Turn
     seen.add(seq)
     for (const column of Object.keys(turn) as (keyof TurnRow)[]) {
       if (turn[column] === sent[column]) continue
-      findings.add('changed', seq, where, `${column} is ${short(turn[column])} instead of ${short(sent[column])}`)
+      findings.add('changed', seq, where, `${column} is ${instead(turn[column], sent[column])}`)
     }
   }
   for (const [seq, sent] of expected.turns) if (!seen.has(seq)) findings.add('missing', seq, where, short(sent.text))
 }
 
+/** Both values, long strings from where they begin to differ. */
+function instead(found: unknown, sent: unknown): string {
+  if (typeof found !== 'string' || typeof sent !== 'string') return `${short(found)} instead of ${short(sent)}`
+  let same = 0
+  while (same < found.length && found[same] === sent[same]) same++
+  const from = same < SHORT / 2 ? 0 : same - SHORT / 4
+  const tail = (text: string) => `${from > 0 ? '…' : ''}${short(text.slice(from))}`
+  return `${tail(found)} instead of ${tail(sent)}`
+}
+
 function short(value: unknown): string {
   const text = JSON.stringify(value) ?? 'nothing'
-  return text.length > 70 ? `${text.slice(0, 70)}…` : text
+  return text.length > SHORT ? `${text.slice(0, SHORT)}…` : text
 }
 
 /**
@@ -234,7 +245,8 @@ export async function verifyCalls(
     report.rows += strays
     counts.unexpected += strays
     const detail = `${strays} turns of calls that nobody sent`
-    report.differences.push({ callSid: `${prefix}…`, kind: 'unexpected', where: ['call_transcript_turns'], detail })
+    report.differences.unshift({ callSid: `${prefix}…`, kind: 'unexpected', where: ['call_transcript_turns'], detail })
+    report.differences.splice(MOST_DIFFERENCES)
   }
   return report
 }

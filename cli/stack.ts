@@ -65,11 +65,14 @@ export async function startStack(options: StackOptions): Promise<Stack> {
       SINK_METRICS_PORT: given.SINK_METRICS_PORT ?? String(await getPort({ port: 9464, host: '127.0.0.1' })),
     }
     readConfig(environment) // a wrong setting is told here, not in a child's log
-    const [ingest, sink] = await Promise.all([
+    const results = await Promise.allSettled([
       startService('ingest', dataDir, environment, options.say),
       startService('sink', dataDir, environment, options.say),
     ])
-    started.push(sink, ingest) // ingest stops first: what it still takes in, the sink still writes
+    const services = results.flatMap((result) => (result.status === 'fulfilled' ? [result.value] : []))
+    started.push(...services.toReversed()) // ingest stops first: what it still takes in, the sink still writes
+    for (const result of results) if (result.status === 'rejected') throw result.reason
+    const [ingest, sink] = services as [Service, Service]
     await writeFile(
       join(dataDir, 'up.json'),
       JSON.stringify({ pid: process.pid, REDIS_URL: redisUrl, DATABASE_URL: databaseUrl, ingestUrl: ingest.url }),
