@@ -109,7 +109,7 @@ export function listen(options: ServerOptions, routes: Routes): Promise<Server> 
         closeConnections: () => {
           for (const ws of [...open])
             ws.end(CLOSE_GOING_AWAY, 'calltape is going away: reconnect and resend what was not acked')
-          setTimeout(() => app.close(), LINGER_MS)
+          setTimeout(() => app.close(), LINGER_MS).unref()
         },
       })
     })
@@ -153,7 +153,7 @@ function addStream(
       res.upgrade<SocketData>(
         { query: req.getQuery() },
         req.getHeader('sec-websocket-key'),
-        req.getHeader('sec-websocket-protocol').split(',')[0]!.trim(), // of those offered, one may be chosen
+        req.getHeader('sec-websocket-protocol'),
         req.getHeader('sec-websocket-extensions'),
         context,
       )

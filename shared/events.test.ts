@@ -249,6 +249,15 @@ describe('unknown_fields', () => {
     expect(Object.getPrototypeOf(event.meta)).toBe(Object.prototype)
   })
 
+  test('called___proto___keep_their_name_where_it_is_free', () => {
+    const given = JSON.parse(
+      '{"type":"turn","call_sid":"CA1","speaker":"agent","text":"hello","__proto__":{"polluted":1}}',
+    )
+    const event = parse(given)
+    expect(JSON.stringify(event.meta)).toBe('{"__proto__":{"polluted":1}}')
+    expect((event.meta as Json).polluted).toBeUndefined()
+  })
+
   test('called_like_properties_of_every_object_do_not_stand_for_required_ones', () => {
     const given = JSON.parse('{"type":"turn","call_sid":"CA1","__proto__":{"speaker":"agent","text":"hello"}}')
     expect(refusal(given)).toMatchObject({ code: 'missing_field', path: 'speaker' })
@@ -500,9 +509,7 @@ describe('of_thousands_of_generated_events', () => {
   }
   const events = Array.from({ length: 20_000 }, generate)
   const taken = events.flatMap((given) => {
-    const before = JSON.stringify(given)
     const parsed = parseEvent(given)
-    expect(JSON.stringify(given), 'parseEvent does not change what it is given').toBe(before)
     return parsed instanceof Refusal ? [] : [{ given, ...parsed }]
   })
 
@@ -511,6 +518,14 @@ describe('of_thousands_of_generated_events', () => {
     expect(events.length - taken.length).toBeGreaterThan(2000)
     expect(taken.filter(({ changed }) => changed).length).toBeGreaterThan(2000)
     expect(taken.filter(({ changed }) => !changed).length).toBeGreaterThan(1000)
+  })
+
+  test('what_is_given_is_not_changed', () => {
+    for (const given of events) {
+      const before = JSON.stringify(given)
+      parseEvent(given)
+      expect(JSON.stringify(given)).toBe(before)
+    }
   })
 
   test('parsing_what_was_parsed_changes_nothing', () => {

@@ -60,6 +60,7 @@ export function emptyBatch(): Batch {
 
 /** While a call is live its row's last_event_at may be this old: writing it for every turn would double the work. */
 const LAST_EVENT_GRAIN_MS = 10_000
+const LATEST_MS = Date.UTC(9999, 11, 31, 23, 59, 59, 999)
 
 /** Adds one leased call and its entries to the batch. */
 export function decodeCall(lease: Lease, entries: Entry[], batch: Batch): void {
@@ -80,9 +81,11 @@ export function decodeCall(lease: Lease, entries: Entry[], batch: Batch): void {
     if (event.source !== 'calltape' && (lastMs === null || ms > lastMs)) lastMs = ms
     if (event.type === 'call.ended') finalize = true
   }
+  // Quarantined entries alone make a row, too: the turns behind them would not, for theirs is not the first batch.
+  if (firstMs === Infinity) firstMs = entryMs(entries[0]![0])
   const isNew = lease.cursor === '0-0'
   const moved = grain(entryMs(lease.cursor)) !== grain(entryMs(last))
-  if (firstMs < Infinity && (finalize || isNew || moved || batch.events.length > eventsBefore)) {
+  if (finalize || isNew || moved || batch.events.length > eventsBefore) {
     batch.calls.push({ callSid: lease.callSid, firstMs, lastMs, finalize })
   }
   if (lease.lapses > 0) batch.redelivered = true
@@ -93,26 +96,17 @@ export function decodeCall(lease: Lease, entries: Entry[], batch: Batch): void {
 function decodeEntry(lease: Lease, [id, fields]: Entry, batch: Batch): CallEvent | undefined {
   const event = parseEntry(lease.callSid, fieldOf(fields, EVENT_FIELD))
   if (event instanceof Refusal) {
-    const { code, message } = event
-    const streamKey = lease.partition.streamPrefix + lease.callSid
-    batch.quarantine.push({ streamKey, entryId: id, reason: `${code}: ${message}`, raw: JSON.stringify(fields) })
+    batch.quarantine.push(quarantineRow(lease, [id, fields], `${event.code}: ${event.message}`))
     return undefined
   }
   const key = idempotencyKey(event, id)
-  if (event.type === 'turn') {
-    batch.turns.push(turnRow(event, key, id))
-  } else {
-    const occurredMs = event.ts ?? entryMs(id)
-    batch.events.push({
-      callSid: event.call_sid,
-      eventId: key,
-      type: event.type,
-      occurredMs,
-      event: jsonb(event).json,
-      streamId: id,
-    })
-  }
+  if (event.type === 'turn') batch.turns.push(turnRow(event, key, id))
+  else batch.events.push(eventRow(event, key, id))
   return event
+}
+
+export function quarantineRow(lease: Lease, [entryId, fields]: Entry, reason: string): QuarantineRow {
+  return { streamKey: lease.partition.streamPrefix + lease.callSid, entryId, reason, raw: JSON.stringify(fields) }
 }
 
 function fieldOf(fields: string[], name: string): string | undefined {
@@ -132,26 +126,32 @@ function parseEntry(callSid: string, json: string | undefined): CallEvent | Refu
   return parsed instanceof Refusal ? parsed : parsed.event
 }
 
-/** What PostgreSQL's text and jsonb cannot hold is replaced by U+FFFD, and the turn says so and keeps the original, escaped. */
+function eventRow(event: Exclude<CallEvent, Turn>, eventId: string, streamId: string): EventRow {
+  const { call_sid: callSid, type } = event
+  let { json, replaced } = jsonb(event)
+  if (replaced) json = jsonb({ ...event, meta: { ...event.meta, ...replacement(event) } }).json
+  return { callSid, eventId, type, occurredMs: event.ts ?? entryMs(streamId), event: json, streamId }
+}
+
 function turnRow(turn: Turn, turnId: string, streamId: string): TurnRow {
   const meta = turn.meta === undefined ? undefined : jsonb(turn.meta)
   if (isStorable(turn.text) && isStorable(turn.speaker) && isStorable(turn.language ?? '') && !meta?.replaced) {
     return { turnId, turn, streamId, meta: meta?.json ?? null }
   }
-  const original = JSON.stringify({ text: turn.text, speaker: turn.speaker, language: turn.language, meta: turn.meta })
-  const stored = { ...turn, text: storable(turn.text), speaker: storable(turn.speaker) }
-  if (turn.language !== undefined) stored.language = storable(turn.language)
-  // In the original, NUL and lone surrogates are \u escapes: plain characters of a string, which PostgreSQL can hold.
-  const flagged = {
-    ...(JSON.parse(meta?.json ?? '{}') as object),
-    calltape_replaced: true,
-    calltape_original: original,
-  }
-  return { turnId, turn: stored, streamId, meta: JSON.stringify(flagged) }
+  const { text, speaker, language } = turn
+  const stored = { ...turn, text: storable(text), speaker: storable(speaker) }
+  if (language !== undefined) stored.language = storable(language)
+  const flagged = jsonb({ ...turn.meta, ...replacement({ text, speaker, language, meta: turn.meta }) })
+  return { turnId, turn: stored, streamId, meta: flagged.json }
 }
 
+/**
+ * What PostgreSQL's text and jsonb cannot hold is replaced by U+FFFD; `meta` says so, and keeps the original as JSON: there,
+ * NUL and lone surrogates are \u escapes, plain characters.
+ */
+const replacement = (original: object) => ({ calltape_replaced: true, calltape_original: JSON.stringify(original) })
 const isStorable = (s: string) => !s.includes('\0') && s.isWellFormed()
-const storable = (s: string) => s.toWellFormed().replaceAll('\0', '\uFFFD')
+export const storable = (s: string) => s.toWellFormed().replaceAll('\0', '\uFFFD')
 
 function jsonb(value: object): { json: string; replaced: boolean } {
   const json = JSON.stringify(value)
@@ -170,7 +170,7 @@ function cleanStrings(value: unknown): unknown {
 
 const grain = (ms: number) => Math.floor(ms / LAST_EVENT_GRAIN_MS)
 
-/** When an entry arrived in Redis, epoch ms: the first part of its id. */
+/** When an entry arrived in Redis, epoch ms: the first part of its id. (A foreign writer's may be beyond all calendars.) */
 export function entryMs(id: string): number {
-  return Number.parseInt(id, 10)
+  return Math.min(Number.parseInt(id, 10), LATEST_MS)
 }

@@ -7,66 +7,61 @@
 WITH batch AS (
   SELECT * FROM unnest($1::text[], $2::timestamptz[], $3::timestamptz[], $4::boolean[]) AS b(call_sid, first_at, last_at, ended)
 ), folded AS (
-  SELECT b.call_sid, b.first_at, b.last_at, e.*, (b.ended OR e.has_ended) AS final, t.*, d.collected_data, d.meta, d.objections
+  SELECT b.*, e.*, t.*, b.ended OR e.has_ended AS final
   FROM batch b
   CROSS JOIN LATERAL (
-    -- What producers said, first or last in the order in which it happened; an aggregate over no rows is one row of nulls.
+    -- What was said of the call, first or last in the order in which it happened; over no rows it is one row of nulls.
     SELECT
-      (array_agg(event->>'provider'  ORDER BY at) FILTER (WHERE event ? 'provider'))[1]  AS provider,
-      (array_agg(event->>'direction' ORDER BY at) FILTER (WHERE event ? 'direction'))[1] AS direction,
-      (array_agg(event->>'from'      ORDER BY at) FILTER (WHERE event ? 'from'))[1]      AS from_number,
-      (array_agg(event->>'to'        ORDER BY at) FILTER (WHERE event ? 'to'))[1]        AS to_number,
+      (array_agg(event->>'provider'  ORDER BY n) FILTER (WHERE event ? 'provider'))[1]  AS provider,
+      (array_agg(event->>'direction' ORDER BY n) FILTER (WHERE event ? 'direction'))[1] AS direction,
+      (array_agg(event->>'from'      ORDER BY n) FILTER (WHERE event ? 'from'))[1]      AS from_number,
+      (array_agg(event->>'to'        ORDER BY n) FILTER (WHERE event ? 'to'))[1]        AS to_number,
       -- An end status is never left again; of the others, the furthest counts, in whatever order they came.
       coalesce(
-        (array_agg(event->>'status' ORDER BY at) FILTER (WHERE event->>'status' IN ('completed', 'busy', 'failed', 'no-answer', 'canceled')))[1],
+        (array_agg(status ORDER BY n) FILTER (WHERE is_end))[1],
         CASE WHEN bool_or(type = 'call.ended') THEN 'completed' END,
-        (array_agg(event->>'status' ORDER BY array_position('{in-progress,ringing,initiated,queued}', event->>'status')) FILTER (WHERE event ? 'status'))[1],
+        (array_agg(status ORDER BY array_position('{in-progress,ringing,initiated,queued}', status)) FILTER (WHERE event ? 'status'))[1],
         CASE WHEN bool_or(type = 'call.started') THEN 'initiated' END
       ) AS status,
-      (array_agg(event->>'outcome' ORDER BY at DESC) FILTER (WHERE type = 'call.ended' AND event ? 'outcome'))[1] AS outcome,
+      (array_agg(event->>'outcome'                 ORDER BY n DESC) FILTER (WHERE event ? 'outcome'))[1]          AS outcome,
+      (array_agg((event->>'turn_count')::int       ORDER BY n DESC) FILTER (WHERE event ? 'turn_count'))[1]       AS expected_turns,
+      (array_agg((event->>'duration_seconds')::int ORDER BY n DESC) FILTER (WHERE event ? 'duration_seconds'))[1] AS duration_seconds,
+      (array_agg(event->>'recording_url'           ORDER BY n DESC) FILTER (WHERE event ? 'recording_url'))[1]    AS recording_url,
+      (array_agg(event->>'stage'                   ORDER BY n DESC) FILTER (WHERE event ? 'stage'))[1]            AS conversation_stage,
       -- calltape's own call.ended is a presumption: anybody else's word is better.
-      (array_agg(event->>'reason' ORDER BY own, at DESC) FILTER (WHERE type = 'call.ended' AND event ? 'reason'))[1] AS end_reason,
-      (array_agg((event->>'turn_count')::int ORDER BY at DESC) FILTER (WHERE event ? 'turn_count'))[1] AS expected_turns,
-      (array_agg((event->>'duration_seconds')::int ORDER BY at DESC) FILTER (WHERE event ? 'duration_seconds'))[1] AS duration_seconds,
-      (array_agg(event->>'recording_url' ORDER BY at DESC) FILTER (WHERE event ? 'recording_url'))[1] AS recording_url,
-      (array_agg(event->>'stage' ORDER BY at DESC) FILTER (WHERE event ? 'stage'))[1] AS conversation_stage,
-      coalesce(min(occurred_at) FILTER (WHERE type = 'call.started'), min(occurred_at)) AS started_at,
-      min(occurred_at) FILTER (WHERE event->>'status' = 'in-progress') AS answered_at,
-      coalesce(
-        min(occurred_at) FILTER (WHERE type = 'call.ended' AND NOT own),
-        min(occurred_at) FILTER (WHERE event->>'status' IN ('completed', 'busy', 'failed', 'no-answer', 'canceled')),
-        max(occurred_at) FILTER (WHERE type = 'call.disconnected')
-      ) AS over_at,
-      max(occurred_at) FILTER (WHERE NOT own) AS last_event,
+      (array_agg(event->>'reason' ORDER BY own, n DESC) FILTER (WHERE type = 'call.ended' AND event ? 'reason'))[1] AS end_reason,
+      array_agg(event->'data'       ORDER BY n) FILTER (WHERE event ? 'data')       AS data,
+      array_agg(event->'objections' ORDER BY n) FILTER (WHERE event ? 'objections') AS objections,
+      array_agg(event->'meta'       ORDER BY n) FILTER (WHERE event ? 'meta')       AS metas,
+      min(occurred_at) FILTER (WHERE NOT own) AS first_event_at,
+      max(occurred_at) FILTER (WHERE NOT own) AS last_event_at,
+      min(occurred_at) FILTER (WHERE status = 'in-progress') AS answered_at,
+      coalesce(min(occurred_at) FILTER (WHERE type = 'call.ended' AND NOT own), min(occurred_at) FILTER (WHERE is_end)) AS over_at,
+      -- When its connection was lost; null if there was none, or it came back.
+      (array_agg(CASE type WHEN 'call.disconnected' THEN occurred_at END ORDER BY n DESC)
+        FILTER (WHERE type IN ('call.connected', 'call.disconnected')))[1] AS lost_at,
       coalesce(bool_or(type = 'call.ended'), false) AS has_ended
     FROM (
-      SELECT *, (occurred_at, ingested_at, split_part(stream_id, '-', 2)::bigint) AS at,
+      SELECT type, event, occurred_at,
+        row_number() OVER (ORDER BY occurred_at, ingested_at, split_part(stream_id, '-', 2)::numeric) AS n,
+        event->>'status' AS status,
+        event->>'status' IN ('completed', 'busy', 'failed', 'no-answer', 'canceled') AS is_end,
         event->>'source' IS NOT DISTINCT FROM 'calltape' AS own
       FROM call_events WHERE call_sid = b.call_sid
-    ) ordered
+    ) numbered
   ) e
-  CROSS JOIN LATERAL (
-    SELECT
-      (SELECT jsonb_object_agg(kv.key, kv.value ORDER BY occurred_at, ingested_at, split_part(stream_id, '-', 2)::bigint)
-       FROM call_events, jsonb_each(event->'data') kv WHERE call_sid = b.call_sid AND type = 'call.data') AS collected_data,
-      (SELECT jsonb_object_agg(kv.key, kv.value ORDER BY occurred_at, ingested_at, split_part(stream_id, '-', 2)::bigint)
-       FROM call_events, jsonb_each(event->'meta') kv WHERE call_sid = b.call_sid) AS meta,
-      (SELECT jsonb_agg(objection ORDER BY first_at, place)
-       FROM (SELECT objection, min(occurred_at) AS first_at, min(o.place) AS place
-             FROM call_events, jsonb_array_elements_text(event->'objections') WITH ORDINALITY AS o(objection, place)
-             WHERE call_sid = b.call_sid AND type = 'call.data' GROUP BY objection) objections) AS objections
-  ) d
   CROSS JOIN LATERAL (
     -- Call order: by seq. A turn without one stands behind the last numbered turn spoken before it; then time, then entry.
     SELECT
       jsonb_agg(jsonb_build_object('seq', seq, 'speaker', speaker, 'text', text, 'timestamp', spoken_at)
-                ORDER BY place NULLS FIRST, seq NULLS LAST, spoken_at, ingested_at, entry) AS full_transcript,
+                ORDER BY place NULLS FIRST, seq NULLS LAST, n) AS full_transcript,
       count(*)::int AS turn_count, count(seq) AS numbered, count(DISTINCT seq) AS distinct_seqs, max(seq) AS last_seq,
       min(spoken_at) AS first_turn_at, max(spoken_at) AS last_turn_at
     FROM (
-      SELECT *, coalesce(seq, max(seq) OVER (ORDER BY spoken_at, ingested_at, entry)) AS place
-      FROM (SELECT *, split_part(stream_id, '-', 2)::bigint AS entry FROM call_transcript_turns
-            WHERE call_sid = b.call_sid AND (b.ended OR e.has_ended)) turns -- a live call's turns are not read
+      SELECT seq, speaker, text, spoken_at, coalesce(seq, max(seq) OVER spoken) AS place, row_number() OVER spoken AS n
+      FROM call_transcript_turns
+      WHERE call_sid = b.call_sid AND (b.ended OR e.has_ended) -- a live call's turns are not read
+      WINDOW spoken AS (ORDER BY spoken_at, ingested_at, split_part(stream_id, '-', 2)::numeric)
     ) placed
   ) t
 )
@@ -79,9 +74,16 @@ SELECT
   call_sid, provider, direction, from_number, to_number,
   coalesce(status, 'in-progress'), -- no word of its status, but turns
   outcome, initiated_at, answered_at,
-  CASE WHEN final OR status IN ('completed', 'busy', 'failed', 'no-answer', 'canceled') THEN presumed_over_at END,
-  coalesce(duration_seconds, CASE WHEN final THEN round(extract(epoch FROM greatest(presumed_over_at - coalesce(answered_at, initiated_at), '0')))::int END),
-  recording_url, conversation_stage, collected_data, objections,
+  CASE WHEN final THEN presumed_over_at ELSE over_at END,
+  coalesce(duration_seconds, CASE WHEN final THEN
+    least(round(extract(epoch FROM greatest(presumed_over_at - coalesce(answered_at, initiated_at), '0'))), 2147483647)::int END),
+  recording_url, conversation_stage,
+  (SELECT jsonb_object_agg(key, value ORDER BY n) FROM unnest(data) WITH ORDINALITY AS d(object, n), jsonb_each(object)),
+  (SELECT jsonb_agg(objection ORDER BY first_place)
+   FROM (SELECT objection, min(ARRAY[n, place]) AS first_place
+         FROM unnest(objections) WITH ORDINALITY AS o(list, n),
+           jsonb_array_elements_text(list) WITH ORDINALITY AS l(objection, place)
+         GROUP BY objection) distinct_ones),
   CASE WHEN final THEN coalesce(full_transcript, '[]') END,
   CASE WHEN final THEN turn_count END, expected_turns,
   CASE WHEN NOT final THEN NULL
@@ -89,12 +91,14 @@ SELECT
        WHEN turn_count < expected_turns OR (numbered = turn_count AND distinct_seqs <= last_seq) THEN false
        WHEN turn_count = expected_turns THEN true
   END,
-  end_reason, meta, last_event_at,
+  end_reason,
+  (SELECT jsonb_object_agg(key, value ORDER BY n) FROM unnest(metas) WITH ORDINALITY AS m(object, n), jsonb_each(object)),
+  coalesce(greatest(last_at, last_event_at, last_turn_at), first_at),
   CASE WHEN final THEN now() END
 FROM (
-  SELECT *, coalesce(least(started_at, first_turn_at), first_at) AS initiated_at,
-    coalesce(greatest(last_at, last_event, last_turn_at), first_at) AS last_event_at,
-    coalesce(over_at, greatest(last_event, last_turn_at), first_at) AS presumed_over_at
+  SELECT *, coalesce(least(first_event_at, first_turn_at), first_at) AS initiated_at,
+    -- If nobody said when: when its connection was lost, or else when it was last heard of.
+    coalesce(over_at, greatest(coalesce(lost_at, last_event_at), last_turn_at), first_at) AS presumed_over_at
   FROM folded
 ) timed
 ORDER BY call_sid

@@ -10,6 +10,7 @@ import { requireSchema } from '../shared/schema.js'
 import { Leases } from './lease.js'
 import { Wake } from './wake.js'
 import { Progress, Worker, type WorkerContext } from './worker.js'
+import { WRITE_SETTINGS } from './write.js'
 
 export interface Sink {
   /** http://host:port of /metrics, /healthz and /readyz */
@@ -26,9 +27,8 @@ const UNREADY_AFTER_MS = 5000
 
 /** @throws OperatorError when Redis or PostgreSQL cannot be used, or the schema does not fit */
 export async function startSink(config: Config, log: Logger): Promise<Sink> {
-  const pool = createPool(config.DATABASE_URL, 'sink', config.SINK_WORKERS, (error) => {
-    log.warn({ err: error.message }, 'postgres connection')
-  })
+  const onError = (error: Error) => log.warn({ err: error.message }, 'postgres connection')
+  const pool = createPool(config.DATABASE_URL, 'sink', config.SINK_WORKERS, onError, WRITE_SETTINGS)
   const redis = await connectRedis(config.REDIS_URL, log)
   const subscriber = await connectRedis(config.REDIS_URL, log)
   const disconnect = async () => {
@@ -49,13 +49,7 @@ export async function startSink(config: Config, log: Logger): Promise<Sink> {
 
     const metrics = createSinkMetrics()
     const progress = new Progress()
-    const limits = { calls: LEASE_MOST_CALLS, entries: config.BATCH_MAX_ROWS, bytes: config.BATCH_MAX_BYTES, leaseMs }
-    const context: WorkerContext = { redis, pool, leases, wake, limits, metrics, log, progress }
-    const workers = Array.from({ length: config.SINK_WORKERS }, () => new Worker(context))
-    const running = workers.map((worker) => worker.run())
-
     const stopped = new AbortController()
-    const tending = tend(context, stopped.signal)
     const observe = async () => {
       const { readyCalls, openCalls, lagMs } = await leases.backlog()
       metrics.readyCalls.set(readyCalls)
@@ -66,12 +60,15 @@ export async function startSink(config: Config, log: Logger): Promise<Sink> {
     const unready = () => {
       if (stopped.signal.aborted) return 'stopping'
       if (redis.status !== 'ready') return `Redis: ${redis.status}`
-      const { failingSince, error } = progress
-      return failingSince !== undefined && Date.now() - failingSince > UNREADY_AFTER_MS
-        ? `no progress: ${error}`
-        : undefined
+      return progress.stalled(UNREADY_AFTER_MS)
     }
     const server = await serve(config, metrics.registry.contentType, observe, unready)
+
+    const limits = { calls: LEASE_MOST_CALLS, entries: config.BATCH_MAX_ROWS, bytes: config.BATCH_MAX_BYTES, leaseMs }
+    const context: WorkerContext = { redis, pool, leases, wake, limits, metrics, log, progress }
+    const workers = Array.from({ length: config.SINK_WORKERS }, () => new Worker(context))
+    const running = workers.map((worker) => worker.run())
+    const tending = tend(context, stopped.signal)
     const { port } = server.address() as { port: number }
     const url = `http://${config.SINK_METRICS_HOST}:${port}`
     log.info({ url, workers: workers.length, partitions: config.PARTITIONS }, 'sink runs')

@@ -9,13 +9,13 @@ import type { Logger } from '../shared/log.js'
 import type { SinkMetrics } from '../shared/metrics.js'
 import { type Pool, sqlState } from '../shared/postgres.js'
 import type { RedisClient } from '../shared/redis.js'
-import { type Batch, decodeCall, emptyBatch } from './decode.js'
-import type { Lease, LeaseLimits, Leases } from './lease.js'
-import { readEntries } from './read.js'
+import { type Batch, decodeCall, emptyBatch, entryMs, quarantineRow } from './decode.js'
+import type { Lease, LeaseLimits, Leases, Settlement } from './lease.js'
+import { type LeasedEntries, readEntries } from './read.js'
 import type { Wake } from './wake.js'
 import { writeBatch } from './write.js'
 
-const MAX_PAUSE_MS = 5000
+const MAX_PAUSE_MS = 2000
 
 export interface WorkerContext {
   redis: RedisClient
@@ -28,20 +28,45 @@ export interface WorkerContext {
   progress: Progress
 }
 
-/** For readiness: what, if anything, keeps the sink from its work. */
+/** For readiness: since when there has been work of which none got done, and why. */
 export class Progress {
-  failingSince: number | undefined
-  error = ''
+  private since: number | undefined
+  private error = ''
+  private inHand = 0
+
+  began(): void {
+    this.inHand++
+    this.since ??= Date.now()
+  }
+
+  ended(): void {
+    this.inHand--
+  }
 
   failed(error: Error): void {
-    this.failingSince ??= Date.now()
+    this.since ??= Date.now()
     this.error = error.message
   }
 
   succeeded(): void {
-    this.failingSince = undefined
+    this.since = this.inHand > 0 ? Date.now() : undefined
+    this.error = ''
+  }
+
+  /** A failure is not made up for yet, and nobody is trying. */
+  get isInDoubt(): boolean {
+    return this.since !== undefined && this.inHand === 0
+  }
+
+  /** Why nothing gets done; undefined unless that has been so for longer than `ms`. */
+  stalled(ms: number): string | undefined {
+    if (this.since === undefined || Date.now() - this.since <= ms) return undefined
+    return `no progress: ${this.error || 'a batch is not done yet'}`
   }
 }
+
+/** SQLSTATE classes for what is wrong with the data: data exception, integrity constraint violation, program limit exceeded. */
+const DATA_ERRORS = /^(22|23|54)/
 
 export class Worker {
   private stopping = false
@@ -60,9 +85,10 @@ export class Worker {
       await wake.wait()
       if (this.stopping) break
       try {
-        await this.work()
-        progress.succeeded()
-        failures = 0
+        if (await this.work()) {
+          progress.succeeded()
+          failures = 0
+        }
       } catch (error) {
         failures++
         metrics.retries.inc()
@@ -74,24 +100,62 @@ export class Worker {
     }
   }
 
-  /** One batch. */
-  private async work(): Promise<void> {
-    const { leases, wake, limits, redis } = this.context
+  /** One batch. @returns whether that shows that the sink can do its work */
+  private async work(): Promise<boolean> {
+    const { leases, wake, limits, redis, progress, log } = this.context
     const { leases: taken, more } = await leases.lease(wake.take(), limits)
     wake.add(more)
-    if (taken.length === 0) return
-    let batch: Batch
+    // Nothing to do shows nothing after a failure: the calls may be with others who fail, too.
+    if (taken.length === 0) return progress.isInDoubt && (await leases.backlog()).lagMs === 0
+    progress.began()
     try {
-      batch = emptyBatch()
-      for (const { lease, entries } of await readEntries(redis, taken, limits)) decodeCall(lease, entries, batch)
-      await this.write(batch)
+      const settlements = await this.store(await readEntries(redis, taken, limits))
+      const { lapsed, again } = await leases.settle(settlements)
+      if (lapsed > 0) log.warn({ lapsed }, 'leases lapsed while their entries were being committed')
+      wake.add(again)
+      return true
     } catch (error) {
       await this.giveBack(taken)
       throw error
+    } finally {
+      progress.ended()
     }
-    const { lapsed, again } = await leases.settle(batch.settlements)
-    if (lapsed > 0) this.context.log.warn({ lapsed }, 'leases lapsed while their entries were being committed')
-    wake.add(again)
+  }
+
+  /**
+   * What PostgreSQL refuses for its data it would refuse for ever, with all else in the batch. So halves are tried by
+   * themselves, down to the entry at fault, which is quarantined.
+   */
+  private async store(read: LeasedEntries[]): Promise<Settlement[]> {
+    const batch = emptyBatch()
+    try {
+      for (const { lease, entries } of read) decodeCall(lease, entries, batch)
+      await this.write(batch)
+      return batch.settlements
+    } catch (error) {
+      const isData = DATA_ERRORS.test(sqlState(error) ?? '') || error instanceof RangeError // too long for a string, too
+      if (!isData) throw error
+      if (read.length > 1) {
+        const middle = read.length >> 1
+        return [...(await this.store(read.slice(0, middle))), ...(await this.store(read.slice(middle)))]
+      }
+      return [await this.storeCall(read[0]!, error as Error)]
+    }
+  }
+
+  private async storeCall({ lease, entries }: LeasedEntries, error: Error): Promise<Settlement> {
+    const last = entries.at(-1)![0]
+    if (entries.length === 1) {
+      const quarantine = [quarantineRow(lease, entries[0]!, `not_storable: ${error.message}`)]
+      const settlement = { lease, last, count: 1, finalized: lease.finalized }
+      await this.write({ ...emptyBatch(), quarantine, settlements: [settlement], oldestMs: entryMs(last) })
+      return settlement
+    }
+    const middle = entries.length >> 1
+    const [first] = await this.store([{ lease, entries: entries.slice(0, middle) }])
+    const rest = { ...lease, cursor: first!.last!, finalized: first!.finalized }
+    const [second] = await this.store([{ lease: rest, entries: entries.slice(middle) }])
+    return { lease, last, count: entries.length, finalized: second!.finalized }
   }
 
   private async write(batch: Batch): Promise<void> {
@@ -110,7 +174,7 @@ export class Worker {
     if (written.staged) metrics.staged.inc()
   }
 
-  /** After a failure: nothing is committed, so whoever works next may take the calls at once. */
+  /** After a failure whoever works next may take the calls at once; what is committed of them all the same is found there. */
   private async giveBack(taken: Lease[]): Promise<void> {
     const { leases, log } = this.context
     const settlements = taken.map((lease) => ({ lease, last: undefined, count: 0, finalized: false }))

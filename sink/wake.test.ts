@@ -1,0 +1,103 @@
+import { setImmediate as turnOfTheLoop } from 'node:timers/promises'
+import { describe, expect, test } from 'vitest'
+import { Wake } from './wake.js'
+
+/** A worker that waits once: awake or not. */
+function sleeper(wake: Wake) {
+  const worker = { awake: false }
+  void wake.wait().then(() => {
+    worker.awake = true
+  })
+  return worker
+}
+
+const settled = async <T>(value: T): Promise<T> => {
+  await turnOfTheLoop()
+  return value
+}
+
+const quiet = (partitions = 4) => {
+  const wake = new Wake(partitions)
+  wake.take()
+  return wake
+}
+
+describe('hints', () => {
+  test('are_of_all_partitions_at_first', () => {
+    expect([...new Wake(4).take()]).toEqual([0, 1, 2, 3])
+  })
+
+  test('are_gone_once_taken', () => {
+    const wake = quiet()
+    wake.add([2])
+    expect([...wake.take()]).toEqual([2])
+    expect([...wake.take()]).toEqual([])
+  })
+
+  test('are_each_there_once_however_often_they_come', () => {
+    const wake = quiet()
+    wake.add([3, 1])
+    wake.add([1])
+    wake.add([3, 3])
+    expect([...wake.take()].sort()).toEqual([1, 3])
+  })
+
+  test('that_come_after_taking_stay_for_the_next_one', () => {
+    const wake = quiet()
+    wake.add([1])
+    const taken = wake.take()
+    wake.add([2])
+    expect([[...taken], [...wake.take()]]).toEqual([[1], [2]])
+  })
+})
+
+describe('wait', () => {
+  test('resolves_at_once_while_there_are_hints', async () => {
+    expect(await settled(sleeper(new Wake(1)))).toEqual({ awake: true })
+  })
+
+  test('sleeps_while_there_are_none_and_wakes_when_one_comes', async () => {
+    const wake = quiet()
+    const worker = sleeper(wake)
+    expect(await settled(worker)).toEqual({ awake: false })
+    wake.add([])
+    expect(await settled(worker)).toEqual({ awake: false })
+    wake.add([0])
+    expect(await settled(worker)).toEqual({ awake: true })
+  })
+
+  test('wakes_one_worker_for_each_piece_of_news_the_longest_asleep_first', async () => {
+    const wake = quiet()
+    const workers = [sleeper(wake), sleeper(wake), sleeper(wake)]
+    wake.add([0, 1])
+    expect(await settled(workers)).toEqual([{ awake: true }, { awake: false }, { awake: false }])
+    wake.add([1])
+    expect(await settled(workers)).toEqual([{ awake: true }, { awake: true }, { awake: false }])
+  })
+
+  test('a_sleeper_is_woken_though_the_hints_of_before_have_not_been_taken', async () => {
+    const wake = quiet()
+    const first = sleeper(wake)
+    const second = sleeper(wake)
+    wake.add([0])
+    wake.add([0]) // nothing new, but there may be more than one worker can carry
+    expect(await settled([first, second])).toEqual([{ awake: true }, { awake: true }])
+  })
+
+  test('ring_wakes_all_without_news', async () => {
+    const wake = quiet()
+    const workers = [sleeper(wake), sleeper(wake)]
+    wake.ring()
+    expect(await settled(workers)).toEqual([{ awake: true }, { awake: true }])
+    expect([...wake.take()]).toEqual([])
+    expect(await settled(sleeper(wake))).toEqual({ awake: false })
+  })
+
+  test('all_wakes_one_worker_and_hints_at_every_partition', async () => {
+    const wake = quiet(3)
+    const workers = [sleeper(wake), sleeper(wake)]
+    wake.all()
+    expect(await settled(workers)).toEqual([{ awake: true }, { awake: false }])
+    expect([...wake.take()]).toEqual([0, 1, 2])
+  })
+})
