@@ -7,8 +7,7 @@
  *     row      int16 columns, then for each: int32 length (-1: null), value
  *     trailer  int16 -1
  */
-import type { TurnRow } from './decode.js'
-import { entryMs } from './decode.js'
+import { entryMs, type TurnRow, type TurnRows } from './decode.js'
 
 const HEADER = Buffer.from('PGCOPY\n\xff\r\n\0\0\0\0\0\0\0\0\0', 'latin1')
 const PG_EPOCH_MS = Date.UTC(2000, 0, 1)
@@ -35,25 +34,64 @@ const COLUMNS = [
 /** The columns that `encodeTurns` writes, in its order. */
 export const TURN_COLUMNS = COLUMNS.join(', ')
 
-/** Writes values into a buffer that grows; the caller reserves room for a whole row at once. */
-class BinaryRows {
+/** Rows for COPY … FROM STDIN (FORMAT binary), encoded as they come: a batch is then one buffer, not a heap of objects. */
+export class EncodedTurns implements TurnRows {
   private buffer = Buffer.allocUnsafeSlow(1024 * 1024)
   private view = new DataView(this.buffer.buffer)
   private at = HEADER.copy(this.buffer)
+  private rows = 0
+
+  get length(): number {
+    return this.rows
+  }
+
+  push({ turn, turnId, streamId, meta }: TurnRow): void {
+    const strings = turn.call_sid.length + turnId.length + turn.speaker.length + turn.text.length + streamId.length
+    this.startRow(strings + (turn.language?.length ?? 0) + (meta?.length ?? 0))
+    this.text(turn.call_sid)
+    this.text(turnId)
+    if (turn.seq === undefined) this.null()
+    else this.int4(turn.seq)
+    this.text(turn.speaker)
+    this.text(turn.text)
+    this.timestamptz(turn.ts ?? entryMs(streamId))
+    if (turn.started_at === undefined) this.null()
+    else this.timestamptz(turn.started_at)
+    if (turn.ended_at === undefined) this.null()
+    else this.timestamptz(turn.ended_at)
+    if (turn.confidence === undefined) this.null()
+    else this.float4(turn.confidence)
+    if (turn.language === undefined) this.null()
+    else this.text(turn.language)
+    if (turn.interrupted === undefined) this.null()
+    else this.boolean(turn.interrupted)
+    if (meta === null) this.null()
+    else this.jsonb(meta)
+    this.text(streamId)
+    this.timestamptz(entryMs(streamId))
+    this.rows++
+  }
+
+  /** @returns all of it, for `TURN_COLUMNS`; valid until the next push */
+  encoded(): Buffer {
+    this.reserve(2)
+    this.view.setInt16(this.at, -1)
+    return this.buffer.subarray(0, this.at + 2)
+  }
 
   /** @param chars of all strings in the row together; a UTF-16 unit takes at most three bytes */
-  startRow(chars: number): void {
+  private startRow(chars: number): void {
     this.reserve(2 + COLUMNS.length * 16 + chars * 3)
     this.view.setInt16(this.at, COLUMNS.length)
     this.at += 2
   }
 
-  null(): void {
+  private null(): void {
     this.view.setInt32(this.at, -1)
     this.at += 4
   }
 
-  text(value: string): void {
+  private text(value: string): void {
     const start = this.at + 4
     const ascii = value.length <= LOOP_MAX_CHARS && this.writeAscii(value, start)
     const bytes = ascii ? value.length : this.buffer.write(value, start)
@@ -72,26 +110,26 @@ class BinaryRows {
     return true
   }
 
-  int4(value: number): void {
+  private int4(value: number): void {
     this.view.setInt32(this.at, 4)
     this.view.setInt32(this.at + 4, value)
     this.at += 8
   }
 
-  float4(value: number): void {
+  private float4(value: number): void {
     this.view.setInt32(this.at, 4)
     this.view.setFloat32(this.at + 4, value)
     this.at += 8
   }
 
-  boolean(value: boolean): void {
+  private boolean(value: boolean): void {
     this.view.setInt32(this.at, 1)
     this.buffer[this.at + 4] = value ? 1 : 0
     this.at += 5
   }
 
   /** Microseconds since 2000 as an int64. In two halves: BigInt costs more, and is needed only after the year 2285. */
-  timestamptz(ms: number): void {
+  private timestamptz(ms: number): void {
     this.view.setInt32(this.at, 8)
     const micros = (ms - PG_EPOCH_MS) * 1000
     if (Number.isSafeInteger(micros)) {
@@ -104,17 +142,11 @@ class BinaryRows {
     this.at += 12
   }
 
-  jsonb(json: string): void {
+  private jsonb(json: string): void {
     const bytes = this.buffer.write(json, this.at + 5)
     this.view.setInt32(this.at, bytes + 1)
     this.buffer[this.at + 4] = 1 // jsonb's wire version
     this.at += 5 + bytes
-  }
-
-  end(): Buffer {
-    this.reserve(2)
-    this.view.setInt16(this.at, -1)
-    return this.buffer.subarray(0, this.at + 2)
   }
 
   private reserve(bytes: number): void {
@@ -125,35 +157,4 @@ class BinaryRows {
     this.buffer = grown
     this.view = new DataView(grown.buffer)
   }
-}
-
-/** @returns what goes over COPY … FROM STDIN (FORMAT binary) for `TURN_COLUMNS` */
-export function encodeTurns(rows: readonly TurnRow[]): Buffer {
-  const out = new BinaryRows()
-  for (const { turn, turnId, streamId, meta } of rows) {
-    const strings = turn.call_sid.length + turnId.length + turn.speaker.length + turn.text.length + streamId.length
-    out.startRow(strings + (turn.language?.length ?? 0) + (meta?.length ?? 0))
-    out.text(turn.call_sid)
-    out.text(turnId)
-    if (turn.seq === undefined) out.null()
-    else out.int4(turn.seq)
-    out.text(turn.speaker)
-    out.text(turn.text)
-    out.timestamptz(turn.ts ?? entryMs(streamId))
-    if (turn.started_at === undefined) out.null()
-    else out.timestamptz(turn.started_at)
-    if (turn.ended_at === undefined) out.null()
-    else out.timestamptz(turn.ended_at)
-    if (turn.confidence === undefined) out.null()
-    else out.float4(turn.confidence)
-    if (turn.language === undefined) out.null()
-    else out.text(turn.language)
-    if (turn.interrupted === undefined) out.null()
-    else out.boolean(turn.interrupted)
-    if (meta === null) out.null()
-    else out.jsonb(meta)
-    out.text(streamId)
-    out.timestamptz(entryMs(streamId))
-  }
-  return out.end()
 }

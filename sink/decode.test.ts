@@ -1,6 +1,6 @@
 import { describe, expect, test } from 'vitest'
 import { Partitions } from '../shared/keys.js'
-import { type Batch, decodeCall, type Entry, emptyBatch, entryMs } from './decode.js'
+import { type Batch, decodeCall, type Entry, emptyBatch, entryMs, type TurnRow } from './decode.js'
 import type { Lease } from './lease.js'
 
 const SID = 'call'
@@ -23,8 +23,8 @@ const lease = (more: Partial<Lease> = {}): Lease => ({
 const entry = (event: object, id = `${T}-0`): Entry => [id, ['e', JSON.stringify({ call_sid: SID, ...event })]]
 const turn = { type: 'turn', speaker: 'agent', text: 'text' }
 
-function decode(entries: Entry[], more: Partial<Lease> = {}): Batch {
-  const batch = emptyBatch()
+function decode(entries: Entry[], more: Partial<Lease> = {}): Batch<TurnRow[]> {
+  const batch = emptyBatch<TurnRow[]>([])
   decodeCall(lease(more), entries, batch)
   return batch
 }
@@ -215,7 +215,7 @@ describe('calls', () => {
 describe('batches', () => {
   test('a_lease_without_entries_is_only_given_back', () => {
     const batch = decode([])
-    expect(batch).toEqual({ ...emptyBatch(), settlements: [expect.objectContaining({ last: undefined, count: 0 })] })
+    expect(batch).toEqual({ ...emptyBatch([]), settlements: [expect.objectContaining({ last: undefined, count: 0 })] })
   })
 
   test('one_call_that_may_have_been_committed_makes_the_batch_a_redelivery', () => {

@@ -14,6 +14,12 @@ export interface TurnRow {
   meta: string | null
 }
 
+/** Where turn rows go: an array, or the encoder of copy.ts. */
+export interface TurnRows {
+  readonly length: number
+  push(row: TurnRow): void
+}
+
 export interface EventRow {
   callSid: string
   eventId: string
@@ -42,8 +48,8 @@ export interface CallRow {
 }
 
 /** What one transaction stores. */
-export interface Batch {
-  turns: TurnRow[]
+export interface Batch<Rows extends TurnRows = TurnRows> {
+  turns: Rows
   events: EventRow[]
   calls: CallRow[]
   quarantine: QuarantineRow[]
@@ -54,8 +60,8 @@ export interface Batch {
   oldestMs: number
 }
 
-export function emptyBatch(): Batch {
-  return { turns: [], events: [], calls: [], quarantine: [], redelivered: false, settlements: [], oldestMs: Infinity }
+export function emptyBatch<Rows extends TurnRows>(turns: Rows): Batch<Rows> {
+  return { turns, events: [], calls: [], quarantine: [], redelivered: false, settlements: [], oldestMs: Infinity }
 }
 
 /** While a call is live its row's last_event_at may be this old: writing it for every turn would double the work. */

@@ -14,17 +14,22 @@ import type { Lease, LeaseLimits } from './lease.js'
 /** Small enough that one XREAD does not keep Redis from others for more than about a millisecond. */
 const MAX_READ_ENTRIES = 1000
 
-export interface LeasedEntries {
-  lease: Lease
-  entries: Entry[]
-}
-
-/** @returns an item for each lease; without entries where there turned out to be none */
-export async function readEntries(client: RedisClient, leases: Lease[], limits: LeaseLimits): Promise<LeasedEntries[]> {
-  const found = new Map<string, Entry[]>()
-  const replies = await Promise.all(groups(client, leases).map((group) => readTogether(client, group, limits)))
-  for (const reply of replies) for (const [key, entries] of reply) found.set(key, entries)
-  return leases.map((lease) => ({ lease, entries: found.get(streamOf(lease)) ?? [] }))
+/**
+ * Reads what waits in each call, and hands it over as soon as it is there: what is decoded need not be kept.
+ *
+ * @param take called once for each lease; without entries where there turned out to be none
+ */
+export async function readEntries(
+  client: RedisClient,
+  leases: Lease[],
+  limits: LeaseLimits,
+  take: (lease: Lease, entries: Entry[]) => void,
+): Promise<void> {
+  const readGroup = async (group: Lease[]) => {
+    const found = new Map(await readTogether(client, group, limits))
+    for (const lease of group) take(lease, found.get(streamOf(lease)) ?? [])
+  }
+  await Promise.all(groups(client, leases).map(readGroup))
 }
 
 const streamOf = (lease: Lease) => lease.partition.streamPrefix + lease.callSid

@@ -9,9 +9,10 @@ import type { Logger } from '../shared/log.js'
 import type { SinkMetrics } from '../shared/metrics.js'
 import { type Pool, sqlState } from '../shared/postgres.js'
 import type { RedisClient } from '../shared/redis.js'
-import { type Batch, decodeCall, emptyBatch, entryMs, quarantineRow } from './decode.js'
+import { EncodedTurns } from './copy.js'
+import { type Batch, decodeCall, type Entry, emptyBatch, entryMs, quarantineRow } from './decode.js'
 import type { Lease, LeaseLimits, Leases, Settlement } from './lease.js'
-import { type LeasedEntries, readEntries } from './read.js'
+import { readEntries } from './read.js'
 import type { Wake } from './wake.js'
 import { writeBatch } from './write.js'
 
@@ -68,6 +69,10 @@ export class Progress {
 /** SQLSTATE classes for what is wrong with the data: data exception, integrity constraint violation, program limit exceeded. */
 const DATA_ERRORS = /^(22|23|54)/
 
+function isDataError(error: unknown): error is Error {
+  return DATA_ERRORS.test(sqlState(error) ?? '') || error instanceof RangeError // too long for a string, too
+}
+
 export class Worker {
   private stopping = false
 
@@ -102,14 +107,14 @@ export class Worker {
 
   /** One batch. @returns whether that shows that the sink can do its work */
   private async work(): Promise<boolean> {
-    const { leases, wake, limits, redis, progress, log } = this.context
+    const { leases, wake, limits, progress, log } = this.context
     const { leases: taken, more } = await leases.lease(wake.take(), limits)
     wake.add(more)
     // Nothing to do shows nothing after a failure: the calls may be with others who fail, too.
     if (taken.length === 0) return progress.isInDoubt && (await leases.backlog()).lagMs === 0
     progress.began()
     try {
-      const settlements = await this.store(await readEntries(redis, taken, limits))
+      const settlements = await this.store(taken)
       const { lapsed, again } = await leases.settle(settlements)
       if (lapsed > 0) log.warn({ lapsed }, 'leases lapsed while their entries were being committed')
       wake.add(again)
@@ -124,41 +129,60 @@ export class Worker {
 
   /**
    * What PostgreSQL refuses for its data it would refuse for ever, with all else in the batch. So halves are tried by
-   * themselves, down to the entry at fault, which is quarantined.
+   * themselves, down to the entry at fault, which is quarantined. For that they are read again: it is rare.
    */
-  private async store(read: LeasedEntries[]): Promise<Settlement[]> {
-    const batch = emptyBatch()
+  private async store(leases: Lease[]): Promise<Settlement[]> {
+    const batch = emptyBatch(new EncodedTurns())
     try {
-      for (const { lease, entries } of read) decodeCall(lease, entries, batch)
+      await this.read(leases, (lease, entries) => decodeCall(lease, entries, batch))
       await this.write(batch)
       return batch.settlements
     } catch (error) {
-      const isData = DATA_ERRORS.test(sqlState(error) ?? '') || error instanceof RangeError // too long for a string, too
-      if (!isData) throw error
-      if (read.length > 1) {
-        const middle = read.length >> 1
-        return [...(await this.store(read.slice(0, middle))), ...(await this.store(read.slice(middle)))]
+      if (!isDataError(error)) throw error
+      const middle = leases.length >> 1
+      if (middle > 0) {
+        return [...(await this.store(leases.slice(0, middle))), ...(await this.store(leases.slice(middle)))]
       }
-      return [await this.storeCall(read[0]!, error as Error)]
+      const settlements: Promise<Settlement>[] = []
+      await this.read(leases, (lease, entries) => settlements.push(this.storeHalves(lease, entries, error)))
+      return Promise.all(settlements)
     }
   }
 
-  private async storeCall({ lease, entries }: LeasedEntries, error: Error): Promise<Settlement> {
+  private read(leases: Lease[], take: (lease: Lease, entries: Entry[]) => void): Promise<void> {
+    return readEntries(this.context.redis, leases, this.context.limits, take)
+  }
+
+  private async storeEntries(lease: Lease, entries: Entry[]): Promise<Settlement> {
+    const batch = emptyBatch(new EncodedTurns())
+    try {
+      decodeCall(lease, entries, batch)
+      await this.write(batch)
+      return batch.settlements[0]!
+    } catch (error) {
+      if (!isDataError(error)) throw error
+      return this.storeHalves(lease, entries, error)
+    }
+  }
+
+  /** @param error why all of them together cannot be stored */
+  private async storeHalves(lease: Lease, entries: Entry[], error: Error): Promise<Settlement> {
     const last = entries.at(-1)![0]
     if (entries.length === 1) {
       const quarantine = [quarantineRow(lease, entries[0]!, `not_storable: ${error.message}`)]
       const settlement = { lease, last, count: 1, finalized: lease.finalized }
-      await this.write({ ...emptyBatch(), quarantine, settlements: [settlement], oldestMs: entryMs(last) })
+      const batch = emptyBatch(new EncodedTurns())
+      await this.write({ ...batch, quarantine, settlements: [settlement], oldestMs: entryMs(last) })
       return settlement
     }
     const middle = entries.length >> 1
-    const [first] = await this.store([{ lease, entries: entries.slice(0, middle) }])
-    const rest = { ...lease, cursor: first!.last!, finalized: first!.finalized }
-    const [second] = await this.store([{ lease: rest, entries: entries.slice(middle) }])
-    return { lease, last, count: entries.length, finalized: second!.finalized }
+    const first = await this.storeEntries(lease, entries.slice(0, middle))
+    const rest = { ...lease, cursor: first.last!, finalized: first.finalized }
+    const second = await this.storeEntries(rest, entries.slice(middle))
+    return { lease, last, count: entries.length, finalized: second.finalized }
   }
 
-  private async write(batch: Batch): Promise<void> {
+  private async write(batch: Batch<EncodedTurns>): Promise<void> {
     if (batch.settlements.every((s) => s.last === undefined)) return
     const { pool, metrics } = this.context
     const started = performance.now()

@@ -9,16 +9,8 @@ import { pipeline } from 'node:stream/promises'
 import { from as copyFrom } from 'pg-copy-streams'
 import { readPackageFile } from '../shared/package-root.js'
 import { type Pool, type PoolClient, sqlState } from '../shared/postgres.js'
-import { encodeTurns, TURN_COLUMNS } from './copy.js'
-import {
-  type Batch,
-  type CallRow,
-  type EventRow,
-  entryMs,
-  type QuarantineRow,
-  storable,
-  type TurnRow,
-} from './decode.js'
+import { type EncodedTurns, TURN_COLUMNS } from './copy.js'
+import { type Batch, type CallRow, type EventRow, entryMs, type QuarantineRow, storable } from './decode.js'
 
 /**
  * All statements here find their rows by primary key, however many rows there are. So one plan each, made once, serves: planning
@@ -54,7 +46,7 @@ export interface Written {
 }
 
 /** @throws whatever PostgreSQL says; then nothing of the batch is stored */
-export async function writeBatch(pool: Pool, batch: Batch): Promise<Written> {
+export async function writeBatch(pool: Pool, batch: Batch<EncodedTurns>): Promise<Written> {
   const client = await pool.connect()
   let broken: Error | undefined
   const onError = (error: Error) => {
@@ -88,9 +80,9 @@ async function inTransaction<T>(client: PoolClient, work: () => Promise<T>): Pro
   }
 }
 
-type TurnWriter = (client: PoolClient, rows: TurnRow[]) => Promise<Written>
+type TurnWriter = (client: PoolClient, rows: EncodedTurns) => Promise<Written>
 
-async function writeAll(client: PoolClient, batch: Batch, writeTurns: TurnWriter): Promise<Written> {
+async function writeAll(client: PoolClient, batch: Batch<EncodedTurns>, writeTurns: TurnWriter): Promise<Written> {
   const written = batch.turns.length > 0 ? await writeTurns(client, batch.turns) : { turns: 0, staged: false }
   if (batch.events.length > 0) await client.query({ ...INSERT_EVENTS, values: eventColumns(batch.events) })
   if (batch.quarantine.length > 0) {
@@ -100,12 +92,12 @@ async function writeAll(client: PoolClient, batch: Batch, writeTurns: TurnWriter
   return written
 }
 
-async function copyTurns(client: PoolClient, rows: TurnRow[]): Promise<Written> {
+async function copyTurns(client: PoolClient, rows: EncodedTurns): Promise<Written> {
   await copy(client, 'call_transcript_turns', rows)
   return { turns: rows.length, staged: false }
 }
 
-async function stageTurns(client: PoolClient, rows: TurnRow[]): Promise<Written> {
+async function stageTurns(client: PoolClient, rows: EncodedTurns): Promise<Written> {
   await client.query('CREATE TEMP TABLE staged_turns (LIKE call_transcript_turns INCLUDING DEFAULTS) ON COMMIT DROP')
   await copy(client, 'staged_turns', rows)
   const { rowCount } = await client.query(
@@ -115,8 +107,8 @@ async function stageTurns(client: PoolClient, rows: TurnRow[]): Promise<Written>
 }
 
 /** Through `pipeline`: it is the one way in which an error in the middle leaves both stream and connection usable. */
-async function copy(client: PoolClient, table: string, rows: TurnRow[]): Promise<void> {
-  const data = encodeTurns(rows)
+async function copy(client: PoolClient, table: string, rows: EncodedTurns): Promise<void> {
+  const data = rows.encoded()
   const chunks: Buffer[] = []
   for (let at = 0; at < data.length; at += COPY_CHUNK_BYTES) chunks.push(data.subarray(at, at + COPY_CHUNK_BYTES))
   await pipeline(

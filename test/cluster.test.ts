@@ -2,7 +2,6 @@
 import { afterAll, afterEach, beforeAll, beforeEach, expect, test } from 'vitest'
 import { connectRedis, openPartitions, type RedisClient } from '../shared/redis.js'
 import { Leases } from '../sink/lease.js'
-import { readEntries } from '../sink/read.js'
 import { log, until } from './support/stores.js'
 import {
   committed,
@@ -14,6 +13,7 @@ import {
   ownRedis,
   Producer,
   placesOf,
+  readAll,
   type Store,
   seqsOf,
   turn,
@@ -55,7 +55,7 @@ const calls = Array.from({ length: 200 }, (_, c) => `CA${c}`)
 test('append_lease_read_and_settle_work_on_a_cluster', async () => {
   const producer = new Producer(redis)
   await producer.store(...[0, 1, 2].flatMap((seq) => calls.map((sid) => turn(sid, seq))))
-  const taken = await readEntries(redis.client, await leaseAll(leases, redis), LIMITS)
+  const taken = await readAll(redis.client, await leaseAll(leases, redis), LIMITS)
   expect(taken.map(({ lease }) => lease.callSid).toSorted()).toEqual(calls.toSorted())
   for (const { lease, entries } of taken) {
     expect(entries).toHaveLength(3)
@@ -121,7 +121,7 @@ test('sinks_are_woken_again_after_their_subscription_was_cut', async () => {
   let seq = 0
   await until('the wake-up is heard again', async () => {
     await producer.store(turn('CA1', seq++))
-    const taken = await readEntries(redis.client, await leaseAll(leases, redis), LIMITS)
+    const taken = await readAll(redis.client, await leaseAll(leases, redis), LIMITS)
     await leases.settle(taken.map((each) => committed(each)))
     return heard.size > 0
   })

@@ -6,6 +6,7 @@ import { WebSocket } from 'ws'
 import type { CallEvent, Turn } from '../shared/events.js'
 import { Partitions } from '../shared/keys.js'
 import { readPackageFile } from '../shared/package-root.js'
+import { EncodedTurns } from '../sink/copy.js'
 import { decodeCall, type Entry, emptyBatch } from '../sink/decode.js'
 import { writeBatch } from '../sink/write.js'
 import { type Database, freshDatabase, startTestStack, type TestStack, until } from './support/stores.js'
@@ -80,7 +81,7 @@ class Call {
       lapses: 0,
       oldestMs: 0,
     }
-    const batch = emptyBatch()
+    const batch = emptyBatch(new EncodedTurns())
     const read = entries.map(([id, said]): Entry => [id, ['e', JSON.stringify({ ...said, call_sid: this.sid })]])
     decodeCall(lease, read, batch)
     expect(batch.quarantine).toEqual([])

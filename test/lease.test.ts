@@ -1,7 +1,6 @@
 /** lease: who gets a call, how much at once, and where to read on. */
 import { afterEach, beforeEach, expect, test } from 'vitest'
 import { Leases } from '../sink/lease.js'
-import { readEntries } from '../sink/read.js'
 import { freshRedis, type RedisDatabase } from './support/stores.js'
 import {
   callsIn,
@@ -14,6 +13,7 @@ import {
   leaseAll,
   Producer,
   placesOf,
+  readAll,
   sessionOf,
   streamOf,
   take,
@@ -101,7 +101,7 @@ test('a_lease_stops_at_the_limit_of_bytes', async () => {
   const taken = await leaseAll(leases, redis, { bytes: 4500 })
   expect(taken).toHaveLength(3)
   // Only what is waiting counts, not what was committed before.
-  for (const { lease, entries } of await readEntries(redis.client, taken, LIMITS)) {
+  for (const { lease, entries } of await readAll(redis.client, taken, LIMITS)) {
     await leases.settle([committed({ lease, entries }, 1)])
   }
   expect(await leaseAll(leases, redis, { bytes: 4500 })).toHaveLength(4)
@@ -179,11 +179,11 @@ test('a_session_key_of_another_type_keeps_no_call_from_its_sink', async () => {
 test('reading_takes_what_lies_behind_the_cursors_up_to_the_limit', async () => {
   const calls = Array.from({ length: 30 }, (_, c) => `CA${c}`)
   for (const sid of calls) await producer.store(...Array.from({ length: 120 }, (_, seq) => turn(sid, seq)))
-  const all = await readEntries(redis.client, await leaseAll(leases, redis), LIMITS)
+  const all = await readAll(redis.client, await leaseAll(leases, redis), LIMITS)
   expect(all.map(({ entries }) => entries.length)).toEqual(calls.map(() => 120))
   for (const { lease, entries } of all) expect(entries).toEqual(await entriesOf(redis, lease.callSid))
   await leases.settle(all.map((each) => committed(each, 20)))
-  const limited = await readEntries(redis.client, await leaseAll(leases, redis), { ...LIMITS, entries: 50 })
+  const limited = await readAll(redis.client, await leaseAll(leases, redis), { ...LIMITS, entries: 50 })
   for (const { lease, entries } of limited) {
     expect(entries).toEqual((await entriesOf(redis, lease.callSid)).slice(20, 70))
   }
@@ -203,7 +203,7 @@ test('the_backlog_is_the_calls_waiting_and_the_age_of_the_oldest_entry', async (
   const again = await leases.backlog()
   expect(again).toMatchObject({ readyCalls: 3, openCalls: 3 })
   expect(again.lagMs).toBeGreaterThanOrEqual(waiting.lagMs)
-  const all = await readEntries(redis.client, await leaseAll(leases, redis), LIMITS)
+  const all = await readAll(redis.client, await leaseAll(leases, redis), LIMITS)
   await leases.settle(all.map((each) => committed(each)))
   expect(await leases.backlog()).toEqual({ readyCalls: 0, openCalls: 3, lagMs: 0 })
 })

@@ -1,7 +1,6 @@
 /** settle: the cursor moves with what is committed, the lease ends, and nothing that arrived meanwhile is forgotten. */
 import { afterEach, beforeEach, expect, test } from 'vitest'
 import { Leases } from '../sink/lease.js'
-import { readEntries } from '../sink/read.js'
 import { freshRedis, type RedisDatabase, until } from './support/stores.js'
 import {
   callsIn,
@@ -13,6 +12,7 @@ import {
   leaseAll,
   Producer,
   placesOf,
+  readAll,
   sessionOf,
   streamOf,
   take,
@@ -94,7 +94,7 @@ test('no_event_is_lost_or_read_twice_while_appends_and_sinks_race', async () => 
   const sink = async () => {
     for (;;) {
       const done = !appending
-      const taken = await readEntries(redis.client, await leaseAll(leases, redis, { calls: 3 }), LIMITS)
+      const taken = await readAll(redis.client, await leaseAll(leases, redis, { calls: 3 }), LIMITS)
       for (const { lease, entries } of taken) for (const [id] of entries) read.get(lease.callSid)!.push(id)
       const { lapsed } = await leases.settle(taken.map((each) => committed(each)))
       expect(lapsed).toBe(0)
@@ -171,7 +171,7 @@ test('a_call_that_turned_out_to_have_nothing_new_is_left_alone_when_given_back',
 test('a_finalized_call_moves_from_open_to_ended', async () => {
   const other = 'CA2'
   await producer.store(turn(sid, 0), turn(other, 0))
-  const taken = await readEntries(redis.client, await leaseAll(leases, redis), LIMITS)
+  const taken = await readAll(redis.client, await leaseAll(leases, redis), LIMITS)
   const started = Date.now()
   await leases.settle(taken.map((each) => committed(each, 1, each.lease.callSid === sid)))
   const places = await placesOf(redis, sid)
@@ -196,7 +196,7 @@ test('keys_that_are_gone_or_of_another_type_keep_no_other_call_from_being_settle
   await producer.store(...calls.map((each) => turn(each, 0)))
   await leaseAll(leases, redis, { leaseMs: 1 })
   await until('they lapse', async () => (await leases.reclaim(10)).length > 0) // so that there is a session to change
-  const taken = await readEntries(redis.client, await leaseAll(leases, redis), LIMITS)
+  const taken = await readAll(redis.client, await leaseAll(leases, redis), LIMITS)
   expect(taken).toHaveLength(4)
   await redis.client.del(streamOf(redis, gone))
   await redis.client.set(streamOf(redis, foreignStream), 'of somebody else')
@@ -214,7 +214,7 @@ test('leases_of_several_batches_and_partitions_are_settled_together', async () =
     taken.push(...(await leaseAll(leases, redis, { calls: 20, leaseMs: 60_000 + batch * 1000 })))
   }
   expect(new Set(taken.map((lease) => lease.deadline)).size).toBe(3)
-  const read = await readEntries(redis.client, taken, LIMITS)
+  const read = await readAll(redis.client, taken, LIMITS)
   expect(await leases.settle(read.map((each) => committed(each)))).toEqual({ lapsed: 0, again: [] })
   for (const each of calls) {
     expect(Object.keys(await placesOf(redis, each))).toEqual(['open'])

@@ -6,13 +6,13 @@ import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { WebSocket } from 'ws'
 import type { CallEvent, Turn } from '../shared/events.js'
 import { createPool } from '../shared/postgres.js'
+import { EncodedTurns } from '../sink/copy.js'
 import { decodeCall, emptyBatch } from '../sink/decode.js'
 import { Leases } from '../sink/lease.js'
-import { readEntries } from '../sink/read.js'
 import { type Sink, startSink } from '../sink/sink.js'
 import { writeBatch } from '../sink/write.js'
 import { freshDatabase, freshRedis, log, startTestStack, type TestStack, until } from './support/stores.js'
-import { everywhere, groupOf, LIMITS, Producer, placesOf, Relay, streamOf, turn } from './support/streams.js'
+import { everywhere, groupOf, LIMITS, Producer, placesOf, Relay, readAll, streamOf, turn } from './support/streams.js'
 
 type Row = Record<string, unknown>
 
@@ -421,8 +421,8 @@ describe('once', () => {
     const leases = new Leases(redis.client, redis.partitions, 100)
     const limits = { ...LIMITS, leaseMs: 100 }
     const { leases: taken } = await leases.lease(everywhere(redis.partitions), limits)
-    const batch = emptyBatch()
-    for (const { lease, entries } of await readEntries(redis.client, taken, LIMITS)) decodeCall(lease, entries, batch)
+    const batch = emptyBatch(new EncodedTurns())
+    for (const { lease, entries } of await readAll(redis.client, taken, LIMITS)) decodeCall(lease, entries, batch)
     await writeBatch(database.pool, batch)
     const snapshot = async () => [
       await calls.turns(sid),

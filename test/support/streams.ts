@@ -12,7 +12,7 @@ import { createIngestMetrics } from '../../shared/metrics.js'
 import { lanesOf, type RedisClient, Script } from '../../shared/redis.js'
 import type { Entry } from '../../sink/decode.js'
 import type { Lease, LeaseLimits, Leases, Settlement } from '../../sink/lease.js'
-import { type LeasedEntries, readEntries } from '../../sink/read.js'
+import { readEntries } from '../../sink/read.js'
 import { log } from './stores.js'
 
 export interface Store {
@@ -150,7 +150,7 @@ export async function leaseAll(leases: Leases, { partitions }: Store, limits: Pa
 export async function take(leases: Leases, store: Store, limits: Partial<LeaseLimits> = {}): Promise<LeasedEntries> {
   const taken = await leaseAll(leases, store, limits)
   if (taken.length !== 1) throw new Error(`expected one ready call, there are ${taken.length}`)
-  return (await readEntries(store.client, taken, { ...LIMITS, ...limits }))[0]!
+  return (await readAll(store.client, taken, { ...LIMITS, ...limits }))[0]!
 }
 
 /** As if the first `count` entries were committed. */
@@ -238,4 +238,16 @@ export class Relay {
     this.cut()
     await new Promise((resolve) => this.server.close(resolve))
   }
+}
+
+export interface LeasedEntries {
+  lease: Lease
+  entries: Entry[]
+}
+
+/** What `readEntries` hands over, in the order of the leases. */
+export async function readAll(client: RedisClient, leases: Lease[], limits: LeaseLimits): Promise<LeasedEntries[]> {
+  const found = new Map<Lease, Entry[]>()
+  await readEntries(client, leases, limits, (lease, entries) => found.set(lease, entries))
+  return leases.map((lease) => ({ lease, entries: found.get(lease)! }))
 }
