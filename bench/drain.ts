@@ -71,7 +71,7 @@ async function plainCopy(pool: Pool, expected: number, options: '' | '(FORMAT bi
   try {
     const batches: Buffer[] = []
     for (let from = 0; from < expected; from += ROWS_A_COMMIT) {
-      const some = `SELECT ${TURN_COLUMNS} FROM call_transcript_turns OFFSET ${from} LIMIT ${ROWS_A_COMMIT}`
+      const some = `SELECT ${TURN_COLUMNS} FROM call_transcript_turns ORDER BY ctid OFFSET ${from} LIMIT ${ROWS_A_COMMIT}`
       const chunks: Buffer[] = []
       for await (const chunk of client.query(copyTo(`COPY (${some}) TO STDOUT ${options}`)))
         chunks.push(chunk as Buffer)

@@ -97,7 +97,7 @@ async function runUntilStopped(
     for (const signal of ['SIGTERM', 'SIGINT', ...(process.send ? ['disconnect'] : [])]) process.once(signal, resolve)
   })
   await service.stop()
-  if (process.connected) process.disconnect()
+  process.exit() // what a connection that hangs still holds must not keep the process
 }
 
 program.parseAsync().catch((error: Error) => {

@@ -10,7 +10,7 @@ import { PACKAGE_ROOT } from '../shared/package-root.js'
 import { migrate } from '../shared/schema.js'
 import { startPostgres } from './local-postgres.js'
 import { startRedis } from './local-redis.js'
-import type { LocalServer } from './local-server.js'
+import { type LocalServer, processInfo } from './local-server.js'
 
 /** Preferred ports: not the usual ones, which a developer's own servers may hold. */
 const POSTGRES_PORT = 54_320
@@ -131,10 +131,15 @@ async function takeFolder(dataDir: string): Promise<() => Promise<void>> {
       if ((error as NodeJS.ErrnoException).code !== 'EEXIST') throw error
     }
     const pid = Number(readFileSync(file, 'utf8'))
-    if (isAlive(pid))
+    if (isCalltape(pid))
       throw new OperatorError(`calltape already runs on ${dataDir} (process ${pid}): stop it, or choose --data`)
     await release() // its process was killed
   }
+}
+
+/** A process id in a file may be another's by now: after a restart of the machine, or in a container, ours. */
+function isCalltape(pid: number): boolean {
+  return pid !== process.pid && /calltape|vitest/.test(processInfo(pid).args)
 }
 
 function isAlive(pid: number): boolean {

@@ -7,10 +7,11 @@
 --       then for each call in the batch: stream, session
 -- ARGV  [1] the batch's number (1, 2, 3 … for a producer)
 --       [2] number of the last batch that its producer knows to be applied, 0 for none
---       [3] number of partitions in the batch
+--       [3] ms without any event after which a call is presumed over
+--       [4] the same for a call that seems over: it has an end status, or its connection is gone
+--       [5] number of partitions in the batch
 --       then for each call: call_sid
 --                           index of its partition among those above, from 1
---                           ms until the call is presumed over if nothing more arrives
 --                           bytes of its events
 --                           number of events, then each event's JSON
 --                           number of session fields and values, then field, value, field, value … (`ended`: it is over)
@@ -21,19 +22,24 @@
 -- first batch that failed would pass for applied because the second one was, or one that is lost would be waited for for ever.
 local last = math.max(tonumber(redis.call('GET', KEYS[1]) or 0), tonumber(ARGV[2]))
 local batch = tonumber(ARGV[1])
-if batch <= last then return {} end
+if batch <= last then
+  -- Written again, though it stands there: a WAIT or WAITAOF that follows waits only for what this connection has written.
+  redis.call('SET', KEYS[1], last, 'EX', 86400)
+  return {} -- also for a call that was refused, should the reply that said so have been lost
+end
 if batch > last + 1 then return redis.error_reply('GAP batch ' .. last + 1 .. ' has not been applied') end
 
 local END_STATUS = { completed = true, busy = true, failed = true, ['no-answer'] = true, canceled = true }
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local partitions = tonumber(ARGV[3])
+local idle, grace = tonumber(ARGV[3]), tonumber(ARGV[4])
+local partitions = tonumber(ARGV[5])
 local call_key = 3 + 3 * partitions
-local arg = 4
+local arg = 6
 local refused = {}
 local woken = {}
 
--- Counts and appends a call's events. An error (a key that is something else than ours) touches nothing and is returned:
+-- Counts and appends a call's events. An error (a key that is something else than ours) is returned:
 -- it must not stop the other calls of the batch, nor make the whole batch be tried again for ever.
 local function append_events(stream, session, bytes, first, count)
   local total = redis.pcall('HINCRBY', session, 'bytes', bytes)
@@ -58,21 +64,27 @@ end
 local index = 0
 while arg <= #ARGV do
   index = index + 1
-  local sid, due, bytes, events = ARGV[arg], tonumber(ARGV[arg + 2]), ARGV[arg + 3], tonumber(ARGV[arg + 4])
+  local sid, bytes, events = ARGV[arg], ARGV[arg + 2], tonumber(ARGV[arg + 3])
   local partition_key = 3 + 3 * (tonumber(ARGV[arg + 1]) - 1)
   local ready, leased, open = KEYS[partition_key], KEYS[partition_key + 1], KEYS[partition_key + 2]
   local stream, session = KEYS[call_key], KEYS[call_key + 1]
-  local fields = arg + 5 + events
+  local fields = arg + 4 + events
   local field_count = tonumber(ARGV[fields])
 
-  local err = append_events(stream, session, bytes, arg + 5, events)
+  local err = append_events(stream, session, bytes, arg + 4, events)
   if err then
     refused[#refused + 1] = { index, err }
   else
     set_session(session, fields + 1, field_count)
-    -- Once a call has ended, whatever comes late does not open it again.
-    local ended = redis.call('HEXISTS', session, 'ended') == 1
-    if ended then redis.call('ZREM', open, sid) else redis.call('ZADD', open, now + due, sid) end
+    -- Once a call has ended, whatever comes late does not open it again; nor does what comes of a call that seems over, such
+    -- as its recording's URL, keep it open for longer than the grace.
+    local state = redis.call('HMGET', session, 'ended', 'status', 'connection')
+    if state[1] then
+      redis.call('ZREM', open, sid)
+    else
+      local over = END_STATUS[state[2]] or state[3] == 'disconnected'
+      redis.call('ZADD', open, now + (over and grace or idle), sid)
+    end
     -- News of a leased call is found by settle, which looks behind what was committed.
     if not redis.call('ZSCORE', leased, sid) and redis.call('ZADD', ready, 'NX', now, sid) == 1 then
       -- A partition that had ready calls before has woken its sink already.

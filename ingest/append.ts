@@ -9,11 +9,12 @@
  */
 import { randomUUID } from 'node:crypto'
 import { setTimeout as sleep } from 'node:timers/promises'
-import { type CallEvent, END_STATUSES, Refusal } from '../shared/events.js'
+import { type CallEvent, Refusal } from '../shared/events.js'
 import type { PartitionKeys, Partitions } from '../shared/keys.js'
 import type { Logger } from '../shared/log.js'
 import type { IngestMetrics } from '../shared/metrics.js'
 import { isNoScript, type Lane, lanesOf, type RedisClient, Script } from '../shared/redis.js'
+import { sessionFields } from './session.js'
 
 const MAX_BATCH_EVENTS = 512
 const MAX_BATCH_BYTES = 1024 * 1024
@@ -21,7 +22,7 @@ const MAX_BATCH_BYTES = 1024 * 1024
 const MAX_IN_FLIGHT = 2
 /** What an event takes in memory beside its JSON, roughly. */
 const EVENT_OVERHEAD_BYTES = 256
-/** For how long an ingest process's batch numbers must survive in case of a retry is fixed in append.lua. */
+const FIRST_RETRY_PAUSE_MS = 10
 const MAX_RETRY_PAUSE_MS = 1000
 
 const appendScript = new Script('ingest/append.lua')
@@ -40,8 +41,8 @@ interface CallBatch {
   payloads: string[]
   origins: Origin[]
   positions: number[]
+  /** Field, value, field, value … */
   session: string[]
-  due: number
 }
 
 interface Batch {
@@ -72,6 +73,8 @@ class LaneQueue {
   private inFlight = 0
   private nextNumber = 1
   private failing = false
+  /** Doubles with each failure in a row: a Redis that answers, but refuses to write, must not be asked all the time. */
+  private retryPauseMs = FIRST_RETRY_PAUSE_MS
   private readonly producerKey: string
 
   constructor(
@@ -116,6 +119,7 @@ class LaneQueue {
         appendScript.runLoaded(this.client, keys, args),
         this.appender.options.confirm?.(this.client),
       ])
+      this.retryPauseMs = FIRST_RETRY_PAUSE_MS
       this.batches.splice(this.batches.indexOf(batch), 1)
       this.appender.applied(batch, reply as [number, string][], (performance.now() - started) / 1000)
     } catch (error) {
@@ -135,9 +139,10 @@ class LaneQueue {
    */
   private async recover(error: Error): Promise<void> {
     let lastError: Error = error
-    for (let pause = 10; ; pause = Math.min(pause * 2, MAX_RETRY_PAUSE_MS)) {
+    for (;;) {
       this.appender.failed(lastError)
-      if (!isNoScript(lastError)) await sleep(pause * (0.5 + Math.random() / 2))
+      if (!isNoScript(lastError)) await sleep(this.retryPauseMs * (0.5 + Math.random() / 2))
+      this.retryPauseMs = Math.min(this.retryPauseMs * 2, MAX_RETRY_PAUSE_MS)
       while (this.inFlight > 0) await sleep(1)
       if (this.appender.isAbandoned) return
       try {
@@ -165,14 +170,15 @@ class LaneQueue {
         keys.push(call.partition.ready, call.partition.leased, call.partition.open)
       }
       callKeys.push(call.partition.streamPrefix + sid, call.partition.sessionPrefix + sid)
-      calls.push(sid, index, call.due, call.bytes, call.payloads.length)
+      calls.push(sid, index, call.bytes, call.payloads.length)
       for (const payload of call.payloads) calls.push(payload)
       calls.push(call.session.length)
       for (const field of call.session) calls.push(field)
     }
     for (const key of callKeys) keys.push(key)
     const applied = this.batches[0]!.number - 1
-    const args: (string | number)[] = [batch.number, applied, partitions.size]
+    const { idleTimeoutMs, disconnectGraceMs } = this.appender.options
+    const args: (string | number)[] = [batch.number, applied, idleTimeoutMs, disconnectGraceMs, partitions.size]
     for (const arg of calls) args.push(arg)
     return { keys, args }
   }
@@ -223,8 +229,7 @@ export class Appender {
     const batch = lane.open(bytes)
     let call = batch.calls.get(event.call_sid)
     if (!call) {
-      const due = this.options.idleTimeoutMs
-      call = { partition, bytes: 0, payloads: [], origins: [], positions: [], session: [], due }
+      call = { partition, bytes: 0, payloads: [], origins: [], positions: [], session: [] }
       batch.calls.set(event.call_sid, call)
     }
     call.payloads.push(payload)
@@ -235,7 +240,7 @@ export class Appender {
     batch.events++
     this.queuedBytes += bytes + EVENT_OVERHEAD_BYTES
     this.queuedEvents++
-    this.noteSession(call, event)
+    for (const field of sessionFields(event)) call.session.push(field)
     if (!this.flushScheduled) {
       this.flushScheduled = true
       // After this turn of the event loop: whatever else its sockets brought goes into the same flush.
@@ -243,35 +248,6 @@ export class Appender {
         this.flushScheduled = false
         for (const each of this.lanes) each.flush()
       })
-    }
-  }
-
-  /** What the live session shows, and when the call will be presumed over. */
-  private noteSession(call: CallBatch, event: CallEvent): void {
-    call.due = this.options.idleTimeoutMs
-    switch (event.type) {
-      case 'turn':
-        break
-      case 'call.started':
-        note(call.session, event, ['direction', 'from', 'to', 'provider'])
-        call.session.push('started_at', String(event.ts ?? Date.now()))
-        break
-      case 'call.status':
-        note(call.session, event, ['status', 'duration_seconds', 'recording_url'])
-        // The call is over; its `call.ended` should follow soon.
-        if (END_STATUSES.has(event.status ?? '')) call.due = this.options.disconnectGraceMs
-        break
-      case 'call.data':
-        note(call.session, event, ['stage'])
-        break
-      case 'call.ended':
-        note(call.session, event, ['reason', 'outcome', 'turn_count', 'duration_seconds', 'recording_url'])
-        call.session.push('ended', '1')
-        break
-      case 'call.connected':
-      case 'call.disconnected':
-        call.session.push('connection', event.type.slice('call.'.length))
-        if (event.type === 'call.disconnected') call.due = this.options.disconnectGraceMs
     }
   }
 
@@ -324,12 +300,5 @@ export class Appender {
   observe(): void {
     this.metrics.queuedEvents.set(this.queuedEvents)
     this.metrics.queuedBytes.set(this.queuedBytes)
-  }
-}
-
-function note<E extends object>(session: string[], event: E, fields: (keyof E & string)[]): void {
-  for (const field of fields) {
-    const value = event[field]
-    if (value !== undefined) session.push(field, String(value))
   }
 }

@@ -136,7 +136,7 @@ export async function postEvents(
 }
 
 /** @returns `late` when the result is not there in time */
-export async function inTime<T>(result: Promise<T>, late: T): Promise<T> {
+async function inTime<T>(result: Promise<T>, late: T): Promise<T> {
   let timer: NodeJS.Timeout | undefined
   const timeout = new Promise<T>((resolve) => {
     timer = setTimeout(() => resolve(late), REDIS_TIMEOUT_MS)

@@ -8,7 +8,7 @@ import { connectRedis, openPartitions, type RedisClient } from '../shared/redis.
 import { Appender } from './append.js'
 import { listOpenCalls, readLiveCall } from './calls.js'
 import { durabilityCheck } from './durability.js'
-import { type Answer, inTime, overloaded, postEvents, problem } from './http.js'
+import { type Answer, overloaded, postEvents, problem } from './http.js'
 import { listen, type Routes } from './server.js'
 import { StreamConnection } from './stream.js'
 
@@ -38,7 +38,7 @@ export async function startIngest(config: Config, log: Logger): Promise<Ingest> 
       partitions,
       {
         idleTimeoutMs: config.IDLE_TIMEOUT * 1000,
-        disconnectGraceMs: Math.max(1, config.DISCONNECT_GRACE * 1000), // 0 would mean "has ended"
+        disconnectGraceMs: config.DISCONNECT_GRACE * 1000,
         maxQueueBytes: config.MAX_QUEUE_BYTES,
         ...(confirm ? { confirm } : {}),
       },
@@ -71,8 +71,8 @@ export async function startIngest(config: Config, log: Logger): Promise<Ingest> 
       async postEvents(contentType, body) {
         return stopping ? overloaded('the process is stopping') : postEvents(contentType, body, appender, metrics)
       },
-      listCalls: (query) => inTime(listCalls(redis, partitions, query), NO_ANSWER),
-      getCall: (callSid) => inTime(getCall(redis, partitions, callSid), NO_ANSWER),
+      listCalls: (query) => listCalls(redis, partitions, query),
+      getCall: (callSid) => getCall(redis, partitions, callSid),
       async metrics() {
         appender.observe()
         const { registry } = metrics
@@ -127,8 +127,6 @@ export async function startIngest(config: Config, log: Logger): Promise<Ingest> 
     throw error
   }
 }
-
-const NO_ANSWER = overloaded('Redis did not answer in time')
 
 async function listCalls(redis: RedisClient, partitions: Partitions, query: URLSearchParams): Promise<Answer> {
   const limit = Number(query.get('limit') ?? 100)

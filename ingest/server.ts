@@ -150,6 +150,8 @@ function addStream(
     sendPingsAutomatically: true,
     upgrade(res, req, context) {
       if (!allowed(req)) return respond(res, req)(UNAUTHORIZED)
+      // Without tokens, any page in a browser on this machine could write calls. Browsers say where a page is from.
+      if (options.tokens.length === 0 && req.getHeader('origin') !== '') return respond(res, req)(FROM_A_PAGE)
       res.upgrade<SocketData>(
         { query: req.getQuery() },
         req.getHeader('sec-websocket-key'),
@@ -197,6 +199,7 @@ const UPGRADE_REQUIRED = problem('426 Upgrade Required', 'upgrade_required', '/v
   Upgrade: 'websocket',
 })
 
+const FROM_A_PAGE = problem('403 Forbidden', 'forbidden', 'web pages may connect only where INGEST_TOKENS is set')
 const UNAUTHORIZED = problem(
   '401 Unauthorized',
   'unauthorized',

@@ -61,12 +61,18 @@ export class StreamConnection implements Origin {
 
   /** @param text one event or an array of events, as JSON; undefined for a message that is not text */
   accept(text: string | undefined): void {
+    // Before anything is taken: clients that come back to a full queue with all that was not acked must not fill it further.
+    if (this.appender.isFull) {
+      this.closeOverloaded()
+      return
+    }
     const message = text === undefined ? new Refusal('not_text', 'an event is sent as a text message') : parseJson(text)
     if (message instanceof Refusal) {
       this.refuse(++this.received, message) // what it held cannot be known: it counts as one event
     } else if (Array.isArray(message)) {
       for (const given of message) {
-        if (!this.open || this.isOverWindow) break // however many there are: nobody will be told what became of them
+        // However many there are: nobody will be told what became of them.
+        if (!this.open || this.isOverWindow || this.appender.isFull) break
         this.acceptEvent(given)
       }
     } else {
@@ -76,12 +82,14 @@ export class StreamConnection implements Origin {
       const reason = `more than ${this.options.window} events unacknowledged`
       this.socket.close(CLOSE_WINDOW_EXCEEDED, reason)
     } else if (this.appender.isFull) {
-      this.socket.close(
-        CLOSE_OVERLOADED,
-        'the stores cannot take more now: reconnect later and resend what was not acked',
-      )
+      this.closeOverloaded()
     }
     this.sendAck()
+  }
+
+  private closeOverloaded(): void {
+    const reason = 'the stores cannot take more now: reconnect later and resend what was not acked'
+    this.socket.close(CLOSE_OVERLOADED, reason)
   }
 
   private get isOverWindow(): boolean {

@@ -45,7 +45,7 @@ export async function connectRedis(url: string, log: Logger): Promise<RedisClien
           shardedSubscribers: true, // else what ssubscribe brings is dropped
           redisOptions: {
             ...common,
-            username: first.username || undefined,
+            username: decodeURIComponent(first.username) || undefined,
             password: decodeURIComponent(first.password) || undefined,
             ...(first.protocol === 'rediss:' ? { tls: {} } : {}),
           },
@@ -54,15 +54,16 @@ export async function connectRedis(url: string, log: Logger): Promise<RedisClien
   // ioredis reports each failed attempt as an event; without a listener it would print them by itself.
   let lastError = ''
   client.on('error', (error: Error) => {
-    if (error.message !== lastError) log.warn({ err: error.message }, 'redis connection')
-    lastError = error.message
+    const reason = error.message || ((error as NodeJS.ErrnoException).code ?? error.name) // several addresses: no message
+    if (reason !== lastError) log.warn({ err: reason }, 'redis connection')
+    lastError = reason
   })
   client.on('ready', () => {
     lastError = ''
   })
   try {
     await client.connect()
-    await checkVersion(client)
+    await checkServer(client)
   } catch (error) {
     client.disconnect()
     if (error instanceof OperatorError) throw error
@@ -72,8 +73,12 @@ export async function connectRedis(url: string, log: Logger): Promise<RedisClien
   return client
 }
 
-async function checkVersion(client: RedisClient): Promise<void> {
-  const version = /redis_version:(\d+)\.(\d+)/.exec(await client.info('server'))
+async function checkServer(client: RedisClient): Promise<void> {
+  const info = await client.info('server')
+  if (client instanceof Redis && info.includes('redis_mode:cluster')) {
+    throw new OperatorError('REDIS_URL names one node of a Cluster: name several of its nodes, comma-separated')
+  }
+  const version = /redis_version:(\d+)\.(\d+)/.exec(info)
   const [major, minor] = [Number(version?.[1]), Number(version?.[2])]
   if (major < MIN_VERSION[0] || (major === MIN_VERSION[0] && minor < MIN_VERSION[1])) {
     throw new OperatorError(

@@ -4,7 +4,7 @@ import { join, parse } from 'node:path'
 import { runner } from 'node-pg-migrate'
 import { OperatorError } from './config.js'
 import { PACKAGE_ROOT } from './package-root.js'
-import { createPool, type Pool, sqlState } from './postgres.js'
+import { createPool, type Pool, reasonOf, sqlState } from './postgres.js'
 
 const MIGRATIONS = join(PACKAGE_ROOT, 'migrations')
 const MIGRATIONS_TABLE = 'calltape_migrations'
@@ -14,11 +14,12 @@ const UNDEFINED_TABLE = '42P01'
  * Brings the database to this version's schema. Safe to run from several places at once: one runs, the others wait.
  *
  * @returns the names of the migrations that were run, in order; none when it was up to date
- * @throws OperatorError when the database was migrated by a newer calltape
+ * @throws OperatorError when there is no such database, or a newer calltape migrated it
  */
 export async function migrate(databaseUrl: string, say: (line: string) => void = () => {}): Promise<string[]> {
   const pool = createPool(databaseUrl, 'migrate', 1)
   try {
+    await requireReachable(pool, databaseUrl)
     const { newer } = await compareSchema(pool)
     if (newer.length > 0) throw new OperatorError(newerMessage(newer))
     const client = await pool.connect()
@@ -37,6 +38,16 @@ export async function migrate(databaseUrl: string, say: (line: string) => void =
     }
   } finally {
     await pool.end()
+  }
+}
+
+/** @throws OperatorError when PostgreSQL does not answer, or has no such database */
+export async function requireReachable(pool: Pool, url: string): Promise<void> {
+  try {
+    await pool.query('SELECT 1')
+  } catch (error) {
+    const { host, pathname } = new URL(url)
+    throw new OperatorError(`DATABASE_URL: no PostgreSQL answers at ${host}${pathname}: ${reasonOf(error as Error)}`)
   }
 }
 

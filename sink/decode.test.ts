@@ -17,6 +17,7 @@ const lease = (more: Partial<Lease> = {}): Lease => ({
   finalized: false,
   lapses: 0,
   oldestMs: 0,
+  bytesAnEntry: 0,
   ...more,
 })
 

@@ -1,4 +1,5 @@
-#!lua
+#!lua flags=allow-oom
+-- (allow-oom, here and in the sink's other scripts: a full Redis must still be emptied into PostgreSQL.)
 -- lease: takes ready calls for one sink until they hold enough, and says where to read on in each.
 --
 -- KEYS  for each partition: ready, leased, ended
@@ -8,7 +9,7 @@
 -- Reply {deadline of these leases (ms; the token to settle with),
 --        {partition index from 1, call_sid, cursor (last entry committed), entries waiting,
 --         entries read so far (-1: Redis cannot say), 1 if the call was finalized before, times its lease has lapsed,
---         when its oldest waiting entry arrived (ms)} for each call,
+--         when its oldest waiting entry arrived (ms), bytes an entry has on average} for each call,
 --        {indexes of partitions that may have more ready calls}}
 local time = redis.call('TIME')
 local deadline = time[1] * 1000 + math.floor(time[2] / 1000) + tonumber(ARGV[4])
@@ -48,10 +49,11 @@ for p = 1, #KEYS / 3 do
     if cursor then
       local session = redis.pcall('HMGET', ARGV[4 + 2 * p] .. sid, 'bytes', 'lapses')
       redis.call('ZADD', leased, deadline, sid)
+      local bytes_an_entry = math.ceil(tonumber(session[1] or 0) / math.max(1, read + waiting))
       leases[#leases + 1] = {
         p, sid, cursor, waiting, read, redis.call('ZSCORE', ended, sid) and 1 or 0, tonumber(session[2] or 0), popped[2],
+        bytes_an_entry,
       }
-      local bytes_an_entry = tonumber(session[1] or 0) / math.max(1, read + waiting)
       calls_left = calls_left - 1
       entries_left = entries_left - waiting
       bytes_left = bytes_left - waiting * bytes_an_entry

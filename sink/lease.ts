@@ -25,6 +25,8 @@ export interface Lease {
   lapses: number
   /** When its oldest waiting entry arrived, epoch ms. */
   oldestMs: number
+  /** What an entry of this call has on average. */
+  bytesAnEntry: number
 }
 
 /** What became of a lease. */
@@ -184,7 +186,7 @@ export class Leases {
 
 type LeaseReply = [
   deadline: number,
-  leases: [number, string, string, number, number, 0 | 1, number, string][],
+  leases: [number, string, string, number, number, 0 | 1, number, string, number][],
   more: number[],
 ]
 
@@ -193,7 +195,7 @@ function readLeases(
   partitions: PartitionKeys[],
 ): { leases: Lease[]; more: number[] } {
   return {
-    leases: rows.map(([index, callSid, cursor, waiting, read, finalized, lapses, oldest]) => ({
+    leases: rows.map(([index, callSid, cursor, waiting, read, finalized, lapses, oldest, bytesAnEntry]) => ({
       callSid,
       partition: partitions[index - 1]!,
       deadline,
@@ -203,6 +205,7 @@ function readLeases(
       finalized: finalized === 1,
       lapses,
       oldestMs: Number(oldest),
+      bytesAnEntry,
     })),
     more: more.map((index) => partitions[index - 1]!.partition),
   }

@@ -13,6 +13,7 @@ import type { Lease, LeaseLimits } from './lease.js'
 
 /** Small enough that one XREAD does not keep Redis from others for more than about a millisecond. */
 const MAX_READ_ENTRIES = 1000
+const MAX_READ_BYTES = 1024 * 1024
 
 /**
  * Reads what waits in each call, and hands it over as soon as it is there: what is decoded need not be kept.
@@ -25,37 +26,50 @@ export async function readEntries(
   limits: LeaseLimits,
   take: (lease: Lease, entries: Entry[]) => void,
 ): Promise<void> {
-  const readGroup = async (group: Lease[]) => {
-    const found = new Map(await readTogether(client, group, limits))
-    for (const lease of group) take(lease, found.get(streamOf(lease)) ?? [])
+  const readGroup = async (group: Group) => {
+    const found = new Map(await readTogether(client, group))
+    for (const lease of group.leases) take(lease, found.get(streamOf(lease)) ?? [])
   }
-  await Promise.all(groups(client, leases).map(readGroup))
+  await Promise.all(groups(client, leases, limits).map(readGroup))
 }
 
 const streamOf = (lease: Lease) => lease.partition.streamPrefix + lease.callSid
 
-/** Calls that are read with one command: of one slot in a Cluster, and not too many entries at once. */
-function groups(client: RedisClient, leases: Lease[]): Lease[][] {
-  const all: Lease[][] = []
-  let group: Lease[] = []
-  let entries = 0
+/** How many entries of a call one command may bring: one at least. */
+function mostEntries({ bytesAnEntry }: Lease, limits: LeaseLimits): number {
+  return Math.max(1, Math.min(limits.entries, MAX_READ_ENTRIES, Math.floor(MAX_READ_BYTES / Math.max(1, bytesAnEntry))))
+}
+
+interface Group {
+  leases: Lease[]
+  /** XREAD's COUNT: for each of them. */
+  count: number
+  entries: number
+  bytes: number
+}
+
+/** Calls that are read with one command: of one slot in a Cluster, and neither too many entries nor too many bytes at once. */
+function groups(client: RedisClient, leases: Lease[], limits: LeaseLimits): Group[] {
+  const all: Group[] = []
   for (const lease of leases) {
-    const slotEnds = client instanceof Cluster && group.length > 0 && group[0]!.partition !== lease.partition
-    if (slotEnds || (group.length > 0 && entries + lease.waiting > MAX_READ_ENTRIES)) {
+    const count = mostEntries(lease, limits)
+    const entries = Math.min(lease.waiting, count)
+    const bytes = entries * lease.bytesAnEntry
+    let group = all.at(-1)
+    const slotEnds = client instanceof Cluster && group?.leases[0]?.partition !== lease.partition
+    if (!group || slotEnds || group.entries + entries > MAX_READ_ENTRIES || group.bytes + bytes > MAX_READ_BYTES) {
+      group = { leases: [], count: 1, entries: 0, bytes: 0 }
       all.push(group)
-      group = []
-      entries = 0
     }
-    group.push(lease)
-    entries += lease.waiting
+    group.leases.push(lease)
+    group.count = Math.max(group.count, entries)
+    group.entries += entries
+    group.bytes += bytes
   }
-  if (group.length > 0) all.push(group)
   return all
 }
 
-async function readTogether(client: RedisClient, group: Lease[], limits: LeaseLimits): Promise<[string, Entry[]][]> {
-  const keys = group.map(streamOf)
-  const cursors = group.map((lease) => lease.cursor)
-  const count = Math.min(limits.entries, MAX_READ_ENTRIES)
-  return (await client.xread('COUNT', count, 'STREAMS', ...keys, ...cursors)) ?? []
+async function readTogether(client: RedisClient, { leases, count }: Group): Promise<[string, Entry[]][]> {
+  const cursors = leases.map((lease) => lease.cursor)
+  return (await client.xread('COUNT', count, 'STREAMS', ...leases.map(streamOf), ...cursors)) ?? []
 }

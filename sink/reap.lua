@@ -1,4 +1,4 @@
-#!lua
+#!lua flags=allow-oom
 -- reap: calls that are presumed over (silent for too long, or their connection did not come back) get the `call.ended`
 -- that nobody sent, in their stream, so that they end on the same way as all others.
 --

@@ -1,4 +1,4 @@
-#!lua
+#!lua flags=allow-oom
 -- reclaim: calls whose lease has lapsed (their sink died, or hangs) become ready again, with all that was not committed.
 --
 -- KEYS  [1] wake channel

@@ -1,4 +1,4 @@
-#!lua
+#!lua flags=allow-oom
 -- settle: what was leased is committed in PostgreSQL. Moves each call's cursor, ends its lease, and makes it ready again
 -- if it has more. The holder of a lapsed lease moves and releases nothing: the call is another's now, who reads the same
 -- entries again and finds their rows there.

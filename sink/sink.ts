@@ -4,9 +4,9 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import { type Config, OperatorError } from '../shared/config.js'
 import type { Logger } from '../shared/log.js'
 import { createSinkMetrics } from '../shared/metrics.js'
-import { createPool } from '../shared/postgres.js'
-import { connectRedis, openPartitions } from '../shared/redis.js'
-import { requireSchema } from '../shared/schema.js'
+import { createPool, type Pool, reasonOf } from '../shared/postgres.js'
+import { connectRedis, openPartitions, type RedisClient } from '../shared/redis.js'
+import { requireReachable, requireSchema } from '../shared/schema.js'
 import { Leases } from './lease.js'
 import { Wake } from './wake.js'
 import { Progress, Worker, type WorkerContext } from './worker.js'
@@ -24,19 +24,28 @@ const TEND_MS = 1000
 const TEND_MOST_CALLS = 500
 const LEASE_MOST_CALLS = 500
 const UNREADY_AFTER_MS = 5000
+const POSTGRES_TIMEOUT_MS = 2000
+/** For the batches in hand, when the sink is to stop. */
+const STOP_TIMEOUT_MS = 7000
 
 /** @throws OperatorError when Redis or PostgreSQL cannot be used, or the schema does not fit */
 export async function startSink(config: Config, log: Logger): Promise<Sink> {
   const onError = (error: Error) => log.warn({ err: error.message }, 'postgres connection')
-  const pool = createPool(config.DATABASE_URL, 'sink', config.SINK_WORKERS, onError, WRITE_SETTINGS)
-  const redis = await connectRedis(config.REDIS_URL, log)
-  const subscriber = await connectRedis(config.REDIS_URL, log)
+  // A connection for each worker, and one that readiness asks whether PostgreSQL is there.
+  const pool = createPool(config.DATABASE_URL, 'sink', config.SINK_WORKERS + 1, onError, WRITE_SETTINGS)
+  const clients: RedisClient[] = []
+  const connect = async () => {
+    const client = await connectRedis(config.REDIS_URL, log)
+    clients.push(client)
+    return client
+  }
   const disconnect = async () => {
-    redis.disconnect()
-    subscriber.disconnect()
+    for (const client of clients) client.disconnect()
     await pool.end()
   }
   try {
+    const redis = await connect()
+    const subscriber = await connect()
     await requireReachable(pool, config.DATABASE_URL)
     await requireSchema(pool)
     const partitions = await openPartitions(redis, config.PARTITIONS)
@@ -57,10 +66,10 @@ export async function startSink(config: Config, log: Logger): Promise<Sink> {
       metrics.lagSeconds.set(lagMs / 1000)
       return metrics.registry.metrics()
     }
-    const unready = () => {
+    const unready = async () => {
       if (stopped.signal.aborted) return 'stopping'
       if (redis.status !== 'ready') return `Redis: ${redis.status}`
-      return progress.stalled(UNREADY_AFTER_MS)
+      return progress.stalled(UNREADY_AFTER_MS) ?? (await postgresFailure(pool))
     }
     const server = await serve(config, metrics.registry.contentType, observe, unready)
 
@@ -78,9 +87,14 @@ export async function startSink(config: Config, log: Logger): Promise<Sink> {
         stopped.abort()
         for (const worker of workers) worker.stop()
         wake.ring()
-        await Promise.all([...running, tending])
-        await new Promise((resolve) => server.close(resolve))
-        await disconnect()
+        const finished = Promise.all([...running, tending]).then(() => true)
+        const isFinished = await Promise.race([finished, sleep(STOP_TIMEOUT_MS, false, { ref: false })])
+        server.close()
+        server.closeAllConnections()
+        // A connection that hangs would be waited for in vain.
+        const disconnected = disconnect()
+        if (isFinished) await disconnected
+        else log.error('a batch in hand does not come to its end; it is not settled, so another sink takes it over')
         log.info('sink stopped')
       },
     }
@@ -107,26 +121,28 @@ async function tend({ leases, wake, metrics, log, progress }: WorkerContext, sig
   }
 }
 
-async function requireReachable(pool: WorkerContext['pool'], url: string): Promise<void> {
-  try {
-    await pool.query('SELECT 1')
-  } catch (error) {
-    const { host, pathname } = new URL(url)
-    throw new OperatorError(`DATABASE_URL: no PostgreSQL answers at ${host}${pathname}: ${(error as Error).message}`)
-  }
+/** An idle sink learns of a PostgreSQL that is gone only by asking. */
+async function postgresFailure(pool: Pool): Promise<string | undefined> {
+  const late = sleep(POSTGRES_TIMEOUT_MS, `it does not answer within ${POSTGRES_TIMEOUT_MS} ms`, { ref: false })
+  const asked = pool.query('SELECT 1').then(
+    () => undefined,
+    (error: Error) => reasonOf(error),
+  )
+  const failure = await Promise.race([asked, late])
+  return failure && `PostgreSQL: ${failure}`
 }
 
 function serve(
   config: Config,
   contentType: string,
   observe: () => Promise<string>,
-  unready: () => string | undefined,
+  unready: () => Promise<string | undefined>,
 ): Promise<Server> {
   const server = createServer((request, response) => {
     const send = (status: number, body: string, type = 'text/plain; charset=utf-8') =>
       response.writeHead(status, { 'Content-Type': type }).end(body)
     if (request.url === '/healthz') send(200, 'ok\n')
-    else if (request.url === '/readyz') send(unready() ? 503 : 200, `${unready() ?? 'ready'}\n`)
+    else if (request.url === '/readyz') unready().then((why) => send(why ? 503 : 200, `${why ?? 'ready'}\n`))
     else if (request.url === '/metrics') {
       observe().then(
         (text) => send(200, text, contentType),

@@ -55,7 +55,8 @@ let clock = Date.UTC(2026, 1, 1)
 class Call {
   readonly sid = `call-${calls++}`
   private cursor = '0-0'
-  private finalized = false
+  /** What Redis knows. */
+  finalized = false
 
   async row(): Promise<Row> {
     const { rows } = await database.pool.query<Row>('SELECT * FROM call_sessions WHERE call_sid = $1', [this.sid])
@@ -80,6 +81,7 @@ class Call {
       finalized: this.finalized,
       lapses: 0,
       oldestMs: 0,
+      bytesAnEntry: 0,
     }
     const batch = emptyBatch(new EncodedTurns())
     const read = entries.map(([id, said]): Entry => [id, ['e', JSON.stringify({ ...said, call_sid: this.sid })]])
@@ -124,6 +126,7 @@ const A_WHOLE_CALL: Said[] = [
     provider: 'exotel',
     meta: { who: 1 },
   },
+  { type: 'call.started', ts: at(0.5), direction: 'inbound', from: '+3', to: '+4', provider: 'bot' },
   { type: 'call.status', ts: at(1), status: 'initiated' },
   { type: 'call.status', ts: at(2), status: 'ringing', meta: { ring: 'first' } },
   { type: 'call.connected', ts: at(3), source: 'ingest' },
@@ -147,6 +150,8 @@ const A_WHOLE_CALL: Said[] = [
   ended(15, { reason: 'abandoned', source: 'calltape' }),
   ended(12.5, { reason: 'hangup', outcome: 'promised', turn_count: 5, source: 'bot' }),
   { type: 'call.status', ts: at(60), recording_url: 'https://r/1', meta: { ring: 'very last' } },
+  ended(12.6, { outcome: 'paid' }),
+  { type: 'call.status', ts: at(50), recording_url: 'https://r/0', duration_seconds: 8 },
 ].map((said, i) => (said.type === 'turn' ? said : { ...said, id: `e${i}` }) as Said)
 
 describe('the_same_row_whatever_the_order', () => {
@@ -158,11 +163,11 @@ describe('the_same_row_whatever_the_order', () => {
       from_number: '+1',
       to_number: '+2',
       status: 'completed',
-      outcome: 'promised',
+      outcome: 'paid',
       initiated_at: time(-2),
       answered_at: time(4),
       ended_at: time(12.5),
-      duration_seconds: 9,
+      duration_seconds: 8,
       recording_url: 'https://r/1',
       conversation_stage: 'offer',
       collected_data: { name: 'Asha', due: { rupees: 2 } },
@@ -378,6 +383,12 @@ describe('columns', () => {
     const call = await new Call().store(ended(10, { reason: 'hangup', turn_count: 1 }))
     expect(await call.row()).toMatchObject({ status: 'completed', turn_count: 0, complete: false, duration_seconds: 0 })
     await call.store(turn(2, 'late'))
+    expect(await call.row()).toMatchObject({
+      initiated_at: time(2),
+      turn_count: 1,
+      complete: true,
+      duration_seconds: 8,
+    })
     await call.store({ type: 'call.started', ts: at(0), from: '+1' })
     expect(await call.row()).toMatchObject({
       from_number: '+1',
@@ -422,8 +433,10 @@ describe('columns', () => {
   test('a_disconnect_that_was_followed_by_more_is_not_the_end', async () => {
     const link = (type: 'call.connected' | 'call.disconnected', seconds: number): Said => ({ type, ts: at(seconds) })
     const first = [link('call.connected', 0), turn(1, 'a'), link('call.disconnected', 2)]
-    const resumed = await rowOf(...first, link('call.connected', 3), turn(4, 'b'), presumed())
-    expect(resumed).toMatchObject({ ended_at: time(4), duration_seconds: 4 })
+    const back = [...first, link('call.connected', 3), turn(4, 'b')]
+    expect(await rowOf(...back, presumed())).toMatchObject({ ended_at: time(4), duration_seconds: 4 })
+    const said = await rowOf(...back, { type: 'call.data', ts: at(6), stage: 'offer' }, presumed())
+    expect(said).toMatchObject({ ended_at: time(6), duration_seconds: 6 })
     const byAnotherWay = await rowOf(...first, turn(5, 'c'), presumed())
     expect(byAnotherWay).toMatchObject({ ended_at: time(5), duration_seconds: 5 })
   })
@@ -529,6 +542,17 @@ describe('refinalizing', () => {
     expect((after.finalized_at as Date).getTime()).toBeGreaterThanOrEqual((before.finalized_at as Date).getTime())
   })
 
+  test('happens_although_Redis_has_forgotten_that_the_call_ended', async () => {
+    const call = await new Call().store(turn(1, 'a'), ended(3))
+    call.finalized = false
+    await call.store({ type: 'call.status', recording_url: 'https://r/1', ts: at(90) })
+    expect(await call.row()).toMatchObject({
+      finalized_at: expect.any(Date),
+      turn_count: 1,
+      recording_url: 'https://r/1',
+    })
+  })
+
   test('with_nothing_new_changes_nothing', async () => {
     const version = async (call: Call) =>
       (await database.pool.query('SELECT xmin::text, ctid::text FROM call_sessions WHERE call_sid = $1', [call.sid]))
@@ -542,6 +566,12 @@ describe('refinalizing', () => {
     expect(await version(call)).toEqual(first)
     await call.store({ type: 'call.data', ts: at(61), stage: 'after' })
     expect(await version(call)).not.toEqual(first)
+
+    const data: Said = { type: 'call.data', id: 'old', ts: at(1), stage: 'a' }
+    const live = await new Call().store(turn(50, 'a'), data)
+    const second = await version(live)
+    await live.store(data)
+    expect(await version(live)).toEqual(second)
   })
 })
 
@@ -574,6 +604,7 @@ describe('plans', () => {
             const plan = rows.map((row) => row['QUERY PLAN']).join('\n')
             const claim = `${statistics} statistics, ${mode}, ${calls} calls\n${plan}`
             expect(plan, claim).not.toContain('Seq Scan')
+            expect(plan, claim).toContain('One-Time Filter') // by which the turns of live calls are left alone
             for (const table of ['call_events', 'call_transcript_turns']) {
               expect(plan, claim).toMatch(new RegExp(`(using|on) ${table}_pkey`))
             }

@@ -414,15 +414,17 @@ describe('while Redis is frozen', () => {
     }
     expect(wire.closed).toMatchObject({ code: 1013, reason: expect.stringContaining('resend what was not acked') })
     expect(wire.acked).toBe(1)
-    expect(sent).toBeGreaterThan(60)
-    expect(sent).toBeLessThan(80)
     process.kill(server.pid, 'SIGCONT')
-    const next = await Wire.open(ingest)
-    next.send(turn('CA2', 0))
-    await next.untilAcked(1)
+    await until('it takes events again', async () => {
+      const next = await Wire.open(ingest)
+      next.send(turn('CA2', 0))
+      await until('there is an answer', () => next.acked > 0 || next.closed !== undefined)
+      return next.acked > 0
+    })
     const stored = await seqsOf(own, 'CA1')
     expect(stored, 'what was taken, once and in order').toEqual(numbers(stored.length))
-    expect(stored.length).toBeGreaterThan(60)
+    expect(stored.length, '1 MiB of 16 KB, and the one that was too much').toBeGreaterThan(60)
+    expect(stored.length).toBeLessThan(70)
   })
 })
 
@@ -663,7 +665,7 @@ describe('stop', () => {
       if (seq % 100 === 0) await sleep(1)
     }
     await client.flush()
-    expect(client.stats).toMatchObject({ acked: TURNS + 60, refused: 0, unacked: 0, reconnects: 3 })
+    expect(client.stats).toMatchObject({ acked: TURNS + 60, refused: 0, unacked: 0 })
     const stored = (await seqsOf(redis, 'CA1')) as number[]
     expect(new Set(stored).size, 'nothing is lost').toBe(TURNS + 60)
     expect(

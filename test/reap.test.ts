@@ -82,15 +82,18 @@ test('a_call_is_not_reaped_while_it_is_not_due', async () => {
   expect(Object.keys(await placesOf(redis, talking))).toEqual(['ready', 'open'])
 })
 
-test('every_event_puts_the_end_off', async () => {
+test('every_event_puts_the_end_off_and_of_a_call_that_seems_over_by_the_grace', async () => {
   const producer = new Producer(redis, { idleTimeoutMs: 60_000, disconnectGraceMs: 7000 })
   const events: [CallEvent, number][] = [
     [{ type: 'call.started', call_sid: sid }, 60_000],
     [turn(sid, 0), 60_000],
     [{ type: 'call.disconnected', call_sid: sid }, 7000],
-    [turn(sid, 1), 60_000],
+    [turn(sid, 1), 7000],
+    [{ type: 'call.connected', call_sid: sid }, 60_000],
     [{ type: 'call.data', call_sid: sid, stage: 'offer' }, 60_000],
     [{ type: 'call.status', call_sid: sid, status: 'completed' }, 7000],
+    [{ type: 'call.status', call_sid: sid, recording_url: 'https://example.com/r.mp3' }, 7000],
+    [turn(sid, 2), 7000],
   ]
   for (const [event, timeMs] of events) {
     await pause(2)

@@ -52,6 +52,17 @@ describe('migrate', () => {
     expect((refusal as Error).message).toMatch(/^DATABASE_URL: .*newer.*9999_from_the_future.*Update calltape/)
   })
 
+  test('of_a_database_that_is_not_there_says_which', async () => {
+    const nowhere = 'postgres://127.0.0.1:1/calltape'
+    const refusals = [nowhere, database.url.replace(/\/\w+$/, '/no_such_database')].map((url) =>
+      migrate(url).catch((error: Error) => error),
+    )
+    const [refused, unknown] = (await Promise.all(refusals)) as [Error, Error]
+    expect(refused).toBeInstanceOf(OperatorError)
+    expect(refused.message).toMatch(/^DATABASE_URL: no PostgreSQL answers at 127\.0\.0\.1:1\/calltape: .*ECONNREFUSED/)
+    expect(unknown.message).toMatch(/^DATABASE_URL: .*\/no_such_database: .*does not exist/)
+  })
+
   test('down_leaves_nothing', async () => {
     await migrate(database.url)
     const client = await database.pool.connect()

@@ -25,11 +25,15 @@ export async function freshRedis(): Promise<RedisDatabase> {
   const url = new URL(inject('redisUrl'))
   const counter = (await connectRedis(url.href, log)) as Redis
   const databases = Number(((await counter.config('GET', 'databases')) as string[])[1])
-  const number = 1 + ((await counter.incr('calltape-test:databases')) % (databases - 1))
+  let client: Redis | undefined
+  for (let tries = 0; client === undefined; tries++) {
+    if (tries === databases) throw new Error(`${url.host} has no empty database for a test`)
+    url.pathname = `/${1 + ((await counter.incr('calltape-test:databases')) % (databases - 1))}`
+    const candidate = (await connectRedis(url.href, log)) as Redis
+    if ((await candidate.dbsize()) === 0) client = candidate
+    else candidate.disconnect() // somebody's data, or another suite's
+  }
   counter.disconnect()
-  url.pathname = `/${number}`
-  const client = (await connectRedis(url.href, log)) as Redis
-  await client.flushdb()
   return {
     url: url.href,
     client,
