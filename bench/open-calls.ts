@@ -1,5 +1,7 @@
 /** Many calls open at once, a turn each every few seconds: latency, memory and Redis' slow log must not feel their number. */
-import { Redis } from 'ioredis'
+import type { Redis } from 'ioredis'
+import { createLog } from '../shared/log.js'
+import { connectRedis } from '../shared/redis.js'
 import { readLatencies, sendAtRate } from './end-to-end.js'
 import { residentMiB } from './machine.js'
 import { type Bench, connectAll, openPool, type Result, row, start } from './scenario.js'
@@ -12,7 +14,7 @@ export async function openCalls(bench: Bench): Promise<Result[]> {
   const ingest = await start(bench, 'ingest')
   const sink = await start(bench, 'sink')
   const pool = openPool(bench)
-  const redis = new Redis(bench.redis.url)
+  const redis = (await connectRedis(bench.redis.url, createLog('bench', 'warn'))) as Redis
   const results: Result[] = []
   try {
     await redis.config('SET', 'slowlog-log-slower-than', SLOW_MICROS)

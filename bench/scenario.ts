@@ -1,5 +1,4 @@
 /** What the scenarios share: services to measure, a load, and the proof that every row is there. */
-import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { verifyCalls } from '../cli/compare.js'
 import { expectedCalls, generateCall, newRun, type Run } from '../cli/load.js'
@@ -37,7 +36,7 @@ export function start(bench: Bench, name: 'ingest' | 'sink'): Promise<Service> {
     SINK_METRICS_PORT: '0',
     LOG_LEVEL: 'warn',
   }
-  return startService(name, join(bench.folder, ''), environment, bench.say)
+  return startService(name, bench.folder, environment, bench.say)
 }
 
 export const openPool = (bench: Bench): Pool => createPool(bench.postgres.url, 'bench', 2)

@@ -6,6 +6,8 @@ import { createLog } from '../shared/log.js'
 import { readPackageFile } from '../shared/package-root.js'
 
 const { version, description } = JSON.parse(readPackageFile('package.json')) as { version: string; description: string }
+const DATA_FOLDER = '.calltape'
+
 const program = new Command('calltape')
   .description(description)
   .version(version)
@@ -17,7 +19,7 @@ program
   .description(
     'start everything on this machine: PostgreSQL, Redis, ingest and sink (REDIS_URL, DATABASE_URL: use those)',
   )
-  .option('--data <dir>', 'where PostgreSQL and Redis keep their data', '.calltape')
+  .option('--data <dir>', 'where PostgreSQL and Redis keep their data', DATA_FOLDER)
   .action(async (options: { data: string }) => (await import('./up.js')).up(options))
 
 program
@@ -64,7 +66,14 @@ program
   .description("print a call's transcript and state, wherever they are now: Redis, PostgreSQL, or both")
   .argument('<call_sid>')
   .option('--json', 'as JSON')
-  .action(async (callSid: string, options: { json?: boolean }) => (await import('./show.js')).show(callSid, options))
+  .option(
+    '--data <dir>',
+    'the folder of the `calltape up` to ask, where REDIS_URL and DATABASE_URL are not set',
+    DATA_FOLDER,
+  )
+  .action(async (callSid: string, options: { json?: boolean; data: string }) =>
+    (await import('./show.js')).show(callSid, options),
+  )
 
 function positive(option: string, isFit: (value: number) => boolean = Number.isFinite) {
   return (text: string): number => {

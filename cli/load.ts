@@ -4,6 +4,7 @@ import { setMaxListeners } from 'node:events'
 import { setImmediate as nextRound, setTimeout as sleep } from 'node:timers/promises'
 import { type Client, connect, EventRefused } from '../client/client.js'
 import type { Turn } from '../shared/events.js'
+import { hash } from '../shared/keys.js'
 import { type ExpectedCall, expectedCall, type SentEvent } from './compare.js'
 
 /** Says all there is to know of a set of generated calls. */
@@ -58,15 +59,6 @@ const ODD = [
   '   ',
 ]
 const SPEAKERS = ['agent', 'customer', 'bot', 'user', 'assistant', 'caller']
-
-/** A number that looks random and is always the same (FNV-1a, then murmur3's finalizer). */
-function hash(text: string): number {
-  let h = 0x811c9dc5
-  for (let i = 0; i < text.length; i++) h = Math.imul(h ^ text.charCodeAt(i), 0x01000193)
-  h = Math.imul(h ^ (h >>> 16), 0x85ebca6b)
-  h = Math.imul(h ^ (h >>> 13), 0xc2b2ae35)
-  return (h ^ (h >>> 16)) >>> 0
-}
 
 const callSid = (run: Run, call: number) => `${run.prefix}${call}`
 

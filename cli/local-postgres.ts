@@ -5,7 +5,7 @@ import * as fs from 'node:fs/promises'
 import { createRequire } from 'node:module'
 import { basename, dirname, join, resolve } from 'node:path'
 import { promisify } from 'node:util'
-import pg from 'pg'
+import { createPool } from '../shared/postgres.js'
 import { type LocalServer, type LocalServerOptions, processInfo, runServer } from './local-server.js'
 
 type User = { uid: number; gid: number } | undefined
@@ -168,21 +168,18 @@ async function dropForeignLock(lock: string): Promise<void> {
 
 /** Creates the database `calltape` if absent; returns why the server does not take connections yet, if so. */
 async function createDatabase(port: number, dataDir: string): Promise<string | undefined> {
-  const account = { user: 'calltape', password: 'calltape', database: 'postgres' }
-  const client = new pg.Client({ ...account, host: '127.0.0.1', port, ssl: false })
-  client.on('error', () => {}) // the pending call rejects with the same error
+  const pool = createPool(`postgres://calltape:calltape@127.0.0.1:${port}/postgres`, 'start', 1)
   try {
-    await client.connect()
-    const { rows } = await client.query<{ data_directory: string }>('SHOW data_directory')
+    const { rows } = await pool.query<{ data_directory: string }>('SHOW data_directory')
     if (rows[0]?.data_directory !== dataDir) return `another PostgreSQL answers on port ${port}`
-    const { rowCount } = await client.query(`SELECT FROM pg_database WHERE datname = 'calltape'`)
-    if (!rowCount) await client.query('CREATE DATABASE calltape')
+    const { rowCount } = await pool.query(`SELECT FROM pg_database WHERE datname = 'calltape'`)
+    if (!rowCount) await pool.query('CREATE DATABASE calltape')
     return undefined
   } catch (error) {
     const { code, message } = error as NodeJS.ErrnoException
     if (code === 'ECONNREFUSED' || code === 'ECONNRESET' || code === '57P03') return message // 57P03: still starting up
     throw error
   } finally {
-    await client.end()
+    await pool.end()
   }
 }

@@ -39,8 +39,8 @@ type Found<T> = { value: T } | { unreachable: string }
  *
  * @throws OperatorError when neither knows the call, saying where it was looked for
  */
-export async function show(callSid: string, options: { json?: boolean }): Promise<void> {
-  const config = readConfig({ ...runningStack('.calltape'), ...givenEnvironment() })
+export async function show(callSid: string, options: { json?: boolean; data: string }): Promise<void> {
+  const config = readConfig({ ...runningStack(options.data), ...givenEnvironment() })
   const [inRedis, inPostgres] = await Promise.all([
     find(() => lookInRedis(config, callSid)),
     find(() => lookInPostgres(config, callSid)),
@@ -216,7 +216,7 @@ function describeStored(stored: StoredState | undefined): string {
 }
 
 function describeLive(live: LiveState | undefined): string {
-  if (!live) return 'nothing (its retention is over, or it was never here)'
+  if (!live) return 'nothing'
   const { connection, ended, status } = live.session
   const state = ended ? 'ended' : connection === 'disconnected' ? 'disconnected' : 'open'
   return `${count(live.entries, 'event')}, ${state}${status ? `, status ${status}` : ''}; committed up to entry ${live.cursor}`

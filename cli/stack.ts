@@ -27,11 +27,9 @@ export interface StackOptions {
 }
 
 export interface Stack {
-  redisUrl: string
   databaseUrl: string
   ingestUrl: string
   sinkUrl: string
-  pids: { ingest: number; sink: number; redis?: number; postgres?: number }
   /** A line each: what runs where. */
   describe: string[]
   /** Resolves with the reason when a part died that cannot be started again. */
@@ -75,19 +73,12 @@ export async function startStack(options: StackOptions): Promise<Stack> {
     const [ingest, sink] = services as [Service, Service]
     await writeFile(
       join(dataDir, 'up.json'),
-      JSON.stringify({ pid: process.pid, REDIS_URL: redisUrl, DATABASE_URL: databaseUrl, ingestUrl: ingest.url }),
+      JSON.stringify({ pid: process.pid, REDIS_URL: redisUrl, DATABASE_URL: databaseUrl }),
     )
     return {
-      redisUrl,
       databaseUrl,
       ingestUrl: ingest.url,
       sinkUrl: sink.url,
-      pids: {
-        ingest: ingest.pid(),
-        sink: sink.pid(),
-        ...(redis ? { redis: redis.pid } : {}),
-        ...(postgres ? { postgres: postgres.pid } : {}),
-      },
       describe: [
         `ingest      ${ingest.url}, WebSocket ${ingest.url.replace('http', 'ws')}/v1/stream`,
         `sink        ${sink.url}/metrics`,

@@ -18,8 +18,8 @@ export interface StreamOptions {
 
 export const CLOSE_GOING_AWAY = 1001
 export const CLOSE_REFUSED = 1008
-export const CLOSE_OVERLOADED = 1013
-export const CLOSE_WINDOW_EXCEEDED = 4008
+const CLOSE_OVERLOADED = 1013
+const CLOSE_WINDOW_EXCEEDED = 4008
 
 export class StreamConnection implements Origin {
   private received = 0

@@ -228,6 +228,21 @@ describe('unknown_fields', () => {
     expect(meta, 'what was given is not changed').toEqual({ a: 'mine', a_: 'mine, too', b: null })
   })
 
+  test('are_refused_where_meta_has_too_many_names_like_theirs', () => {
+    const meta = (underscores: number) =>
+      Object.fromEntries([...Array(underscores).keys()].map((n) => [`a${'_'.repeat(n)}`, n]))
+    expect(parse(turn({ a: 'x', meta: meta(16) })).meta).toEqual({ ...meta(16), [`a${'_'.repeat(16)}`]: 'x' })
+    expect(refusal(turn({ a: 'x', meta: meta(17) }))).toMatchObject({
+      code: 'invalid_field',
+      path: 'a',
+      message: 'a wants a name that meta does not have already',
+    })
+    // A megabyte of them: looking for a free name for each would take seconds.
+    const start = performance.now()
+    expect(refusal(turn({ ...meta(1000), meta: meta(1000) })).path).toBe('a')
+    expect(performance.now() - start).toBeLessThan(200)
+  })
+
   test('of_another_type_are_unknown_here', () => {
     expect(parse(status({ text: 5, speaker: [], seq: -1 })).meta).toEqual({ text: 5, speaker: [], seq: -1 })
   })

@@ -275,12 +275,23 @@ function show(value: unknown): string {
   return value === undefined ? 'nothing' : JSON.stringify(value)
 }
 
-/** Keeps an unknown field under its own name in `meta`, or, if `meta` has that name already, under it with `_`s behind. */
-function keepInMeta(meta: JsonObject, name: string, value: unknown): void {
+/** Far more than anybody needs by accident; looking for a free name without an end could take minutes. */
+const MAX_UNDERSCORES = 16
+
+/**
+ * Keeps an unknown field under its own name in `meta`, or, if `meta` has that name already, under it with `_`s behind.
+ *
+ * @returns false if none of these names is free
+ */
+function keepInMeta(meta: JsonObject, name: string, value: unknown): boolean {
   let free = name
-  while (Object.hasOwn(meta, free)) free += '_'
+  while (Object.hasOwn(meta, free)) {
+    if (free.length === name.length + MAX_UNDERSCORES) return false
+    free += '_'
+  }
   // defineProperty: a field called __proto__ is data, too.
   Object.defineProperty(meta, free, { value, enumerable: true, writable: true, configurable: true })
+  return true
 }
 
 /**
@@ -342,7 +353,11 @@ export function parseEvent(given: unknown, bound?: string, internal = false): Pa
   if (extras) {
     changed = true
     const meta = { ...(event.meta as JsonObject | undefined) }
-    for (const name of extras) keepInMeta(meta, name, source[name])
+    for (const name of extras) {
+      if (!keepInMeta(meta, name, source[name])) {
+        return new Refusal('invalid_field', `${name} wants a name that meta does not have already`, name)
+      }
+    }
     event.meta = meta
   }
   return { event: event as unknown as CallEvent, changed }

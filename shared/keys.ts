@@ -5,7 +5,9 @@
  *     ct:partitions         how many partitions there are; written at the very first start, checked at every start
  *     ct:{p}:call:<sid>     the call's stream: one entry an event, field `e` holding its JSON; group `sink`, whose
  *                           last-delivered-id is the last entry committed to PostgreSQL
- *     ct:{p}:session:<sid>  hash: the live session (see append.lua)
+ *     ct:{p}:session:<sid>  hash, the live session: what producers said last (`status`, `direction`, `from`, `stage`, …),
+ *                           `connection` (of a bound one: connected or disconnected), `ended` (1 once it is over), `bytes`
+ *                           (of JSON appended), `lapses` (leases that lapsed without progress)
  *     ct:{p}:ready          zset: calls with uncommitted entries that no sink works on, by when the first of them arrived (ms)
  *     ct:{p}:leased         zset: calls a sink works on, by lease deadline (ms)
  *     ct:{p}:open           zset: calls that have not ended, by when they will be presumed over (ms)
@@ -49,7 +51,7 @@ function partitionKeys(partition: number): PartitionKeys {
 }
 
 /** FNV-1a over the characters (a call_sid is ASCII), then murmur3's finalizer: FNV's low bits alone are uneven. */
-function hash(callSid: string): number {
+export function hash(callSid: string): number {
   let h = 0x811c9dc5
   for (let i = 0; i < callSid.length; i++) h = Math.imul(h ^ callSid.charCodeAt(i), 0x01000193)
   h = Math.imul(h ^ (h >>> 16), 0x85ebca6b)

@@ -1,7 +1,7 @@
 /** The one place that constructs PostgreSQL connections. */
 import pg from 'pg'
 
-export type { Client, Pool, PoolClient } from 'pg'
+export type { Pool, PoolClient } from 'pg'
 
 /**
  * @param url postgres://user:password@host:port/database

@@ -50,23 +50,16 @@ export class EncodedTurns implements TurnRows {
     this.startRow(strings + (turn.language?.length ?? 0) + (meta?.length ?? 0))
     this.text(turn.call_sid)
     this.text(turnId)
-    if (turn.seq === undefined) this.null()
-    else this.int4(turn.seq)
+    this.int4(turn.seq)
     this.text(turn.speaker)
     this.text(turn.text)
     this.timestamptz(turn.ts ?? entryMs(streamId))
-    if (turn.started_at === undefined) this.null()
-    else this.timestamptz(turn.started_at)
-    if (turn.ended_at === undefined) this.null()
-    else this.timestamptz(turn.ended_at)
-    if (turn.confidence === undefined) this.null()
-    else this.float4(turn.confidence)
-    if (turn.language === undefined) this.null()
-    else this.text(turn.language)
-    if (turn.interrupted === undefined) this.null()
-    else this.boolean(turn.interrupted)
-    if (meta === null) this.null()
-    else this.jsonb(meta)
+    this.timestamptz(turn.started_at)
+    this.timestamptz(turn.ended_at)
+    this.float4(turn.confidence)
+    this.text(turn.language)
+    this.boolean(turn.interrupted)
+    this.jsonb(meta)
     this.text(streamId)
     this.timestamptz(entryMs(streamId))
     this.rows++
@@ -86,12 +79,16 @@ export class EncodedTurns implements TurnRows {
     this.at += 2
   }
 
-  private null(): void {
+  /** @returns true when there is no value, and that is what was written */
+  private wroteNull(value: unknown): value is null | undefined {
+    if (value !== undefined && value !== null) return false
     this.view.setInt32(this.at, -1)
     this.at += 4
+    return true
   }
 
-  private text(value: string): void {
+  private text(value: string | undefined): void {
+    if (this.wroteNull(value)) return
     const start = this.at + 4
     const ascii = value.length <= LOOP_MAX_CHARS && this.writeAscii(value, start)
     const bytes = ascii ? value.length : this.buffer.write(value, start)
@@ -110,26 +107,30 @@ export class EncodedTurns implements TurnRows {
     return true
   }
 
-  private int4(value: number): void {
+  private int4(value: number | undefined): void {
+    if (this.wroteNull(value)) return
     this.view.setInt32(this.at, 4)
     this.view.setInt32(this.at + 4, value)
     this.at += 8
   }
 
-  private float4(value: number): void {
+  private float4(value: number | undefined): void {
+    if (this.wroteNull(value)) return
     this.view.setInt32(this.at, 4)
     this.view.setFloat32(this.at + 4, value)
     this.at += 8
   }
 
-  private boolean(value: boolean): void {
+  private boolean(value: boolean | undefined): void {
+    if (this.wroteNull(value)) return
     this.view.setInt32(this.at, 1)
     this.buffer[this.at + 4] = value ? 1 : 0
     this.at += 5
   }
 
   /** Microseconds since 2000 as an int64. In two halves: BigInt costs more, and is needed only after the year 2285. */
-  private timestamptz(ms: number): void {
+  private timestamptz(ms: number | undefined): void {
+    if (this.wroteNull(ms)) return
     this.view.setInt32(this.at, 8)
     const micros = (ms - PG_EPOCH_MS) * 1000
     if (Number.isSafeInteger(micros)) {
@@ -142,7 +143,8 @@ export class EncodedTurns implements TurnRows {
     this.at += 12
   }
 
-  private jsonb(json: string): void {
+  private jsonb(json: string | null): void {
+    if (this.wroteNull(json)) return
     const bytes = this.buffer.write(json, this.at + 5)
     this.view.setInt32(this.at, bytes + 1)
     this.buffer[this.at + 4] = 1 // jsonb's wire version
