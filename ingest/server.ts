@@ -174,7 +174,8 @@ function addStream(
       }
       const connection = routes.stream(socket, new URLSearchParams(data.query))
       if (connection instanceof Refusal) {
-        ws.end(CLOSE_REFUSED, closeReason(connection.message))
+        const code = connection.code === 'stopping' ? CLOSE_GOING_AWAY : CLOSE_REFUSED
+        ws.end(code, closeReason(connection.message))
         return
       }
       data.connection = connection

@@ -576,3 +576,9 @@ describe('of_thousands_of_generated_events', () => {
     }
   })
 })
+
+test('nobody_passes_for_calltape', () => {
+  const ended = { type: 'call.ended', call_sid: 'CA1', source: 'calltape' }
+  expect(parseEvent(ended)).toMatchObject({ code: 'invalid_field', path: 'source' })
+  expect(parseEvent(ended, undefined, true)).toMatchObject({ event: ended })
+})

@@ -24,6 +24,9 @@ export type CallStatus = (typeof CALL_STATUSES)[number]
 /** The statuses after which a call does not go on; it never goes back from one of them. */
 export const END_STATUSES: ReadonlySet<string> = new Set(['completed', 'busy', 'failed', 'no-answer', 'canceled'])
 
+/** Marks the `call.ended` of a call that was presumed over: anybody else's word is better. */
+export const OWN_SOURCE = 'calltape'
+
 export const MAX_TEXT_BYTES = 64 * 1024
 const LATEST_MS = Date.UTC(9999, 11, 31, 23, 59, 59, 999)
 const MAX_INT4 = 2_147_483_647
@@ -336,6 +339,9 @@ export function parseEvent(given: unknown, bound?: string, internal = false): Pa
       extras ??= []
       extras.push(name)
     }
+  }
+  if (!internal && event.source === OWN_SOURCE) {
+    return new Refusal('invalid_field', `source ${OWN_SOURCE} is calltape's own`, 'source')
   }
   if (bound !== undefined && event.call_sid !== bound) {
     if (event.call_sid !== undefined) {

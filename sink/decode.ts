@@ -1,5 +1,5 @@
 /** decode: stream entries into rows. What cannot be decoded becomes a quarantine row; it never stops its neighbours. */
-import { type CallEvent, idempotencyKey, parseEvent, Refusal, type Turn } from '../shared/events.js'
+import { type CallEvent, idempotencyKey, OWN_SOURCE, parseEvent, Refusal, type Turn } from '../shared/events.js'
 import { EVENT_FIELD } from '../shared/keys.js'
 import type { Lease, Settlement } from './lease.js'
 
@@ -84,7 +84,7 @@ export function decodeCall(lease: Lease, entries: Entry[], batch: Batch): void {
     if (!event) continue
     const ms = event.ts ?? entryMs(entry[0])
     if (ms < firstMs) firstMs = ms
-    if (event.source !== 'calltape' && (lastMs === null || ms > lastMs)) lastMs = ms
+    if (event.source !== OWN_SOURCE && (lastMs === null || ms > lastMs)) lastMs = ms
     if (event.type === 'call.ended') finalize = true
   }
   // Quarantined entries alone make a row, too: the turns behind them would not, for theirs is not the first batch.
