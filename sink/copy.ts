@@ -12,6 +12,8 @@ import { entryMs, type TurnRow, type TurnRows } from './decode.js'
 const HEADER = Buffer.from('PGCOPY\n\xff\r\n\0\0\0\0\0\0\0\0\0', 'latin1')
 const PG_EPOCH_MS = Date.UTC(2000, 0, 1)
 const TWO_32 = 2 ** 32
+/** Grows from there. Most batches are small, and V8 answers large buffers that come and go with full collections. */
+const FIRST_BYTES = 16 * 1024
 /** Up to this many characters a loop over ASCII beats the call into Buffer.write. */
 const LOOP_MAX_CHARS = 40
 const COLUMNS = [
@@ -36,7 +38,7 @@ export const TURN_COLUMNS = COLUMNS.join(', ')
 
 /** Rows for COPY … FROM STDIN (FORMAT binary), encoded as they come: a batch is then one buffer, not a heap of objects. */
 export class EncodedTurns implements TurnRows {
-  private buffer = Buffer.allocUnsafeSlow(1024 * 1024)
+  private buffer = Buffer.allocUnsafeSlow(FIRST_BYTES)
   private view = new DataView(this.buffer.buffer)
   private at = HEADER.copy(this.buffer)
   private rows = 0
