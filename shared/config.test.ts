@@ -80,7 +80,7 @@ describe('what_is_wrong_is_named', () => {
     ['INGEST_PORT', '65536', /65535/],
     ['INGEST_PORT', '-1', /0/],
     ['INGEST_PORT', '80.5', /int/],
-    ['INGEST_PORT', 'http', /number/],
+    ['INGEST_PORT', 'http', /wants an integer from 0 to 65535/],
     ['SINK_METRICS_PORT', '70000', /65535/],
     ['ALLOW_UNAUTHENTICATED', 'yes', /true.*false/],
     ['ALLOW_UNAUTHENTICATED', '1', /true.*false/],

@@ -4,9 +4,12 @@
  */
 import { z } from 'zod'
 
-const number = (min: number, max: number) => z.coerce.number().int().min(min).max(max)
+function number(min: number, max: number) {
+  const error = `wants an integer from ${min} to ${max}`
+  return z.coerce.number({ error }).int({ error }).min(min, { error }).max(max, { error })
+}
 const port = number(0, 65_535)
-const flag = z.enum(['true', 'false']).transform((v) => v === 'true')
+const flag = z.enum(['true', 'false'], { error: 'wants true or false' }).transform((v) => v === 'true')
 const list = z.string().transform((v) =>
   v
     .split(',')
