@@ -5,7 +5,7 @@
  * an entry written by anybody else meets the same rules. Normalising is idempotent: parse(parse(x)) equals parse(x).
  *
  * A table of field rules instead of a schema library: one pass over the event's own keys checks, normalises and finds the
- * unknown ones. Measured on a 280-byte turn: 0.3 µs, against 0.9 µs for a zod schema that only checks.
+ * unknown ones, for what a zod schema costs that only checks (measured on a 280-byte turn: 0.5 µs each).
  */
 
 export const CALL_STATUSES = [
