@@ -1,12 +1,13 @@
 /** `calltape show CALL_SID`: a call as Redis and PostgreSQL have it now, and which of its turns are not in PostgreSQL yet. */
 
 import { type Config, givenEnvironment, OperatorError, readConfig } from '../shared/config.js'
-import { idempotencyKey, parseEvent, Refusal, type Turn } from '../shared/events.js'
-import { EVENT_FIELD, GROUP, Partitions } from '../shared/keys.js'
+import { idempotencyKey, Refusal, type Turn } from '../shared/events.js'
+import { GROUP, Partitions } from '../shared/keys.js'
 import { createLog } from '../shared/log.js'
 import { createPool, type Pool } from '../shared/postgres.js'
 import { connectRedis, openPartitions, type RedisClient } from '../shared/redis.js'
 import { requireSchema } from '../shared/schema.js'
+import { parseEntry } from '../sink/decode.js'
 import { runningStack } from './stack.js'
 
 interface ShownTurn {
@@ -110,8 +111,8 @@ async function readLive(redis: RedisClient, partitions: Partitions, callSid: str
     const page = await redis.xrange(stream, from, '+', 'COUNT', PAGE)
     for (const [id, fields] of page) {
       entries++
-      const turn = turnOf(callSid, fields)
-      if (!turn) continue
+      const turn = parseEntry(callSid, fields)
+      if (turn instanceof Refusal || turn.type !== 'turn') continue
       const key = idempotencyKey(turn, id)
       if (!turns.has(key)) turns.set(key, shownTurn(turn, key, Number.parseInt(id, 10)))
     }
@@ -124,16 +125,6 @@ async function readLive(redis: RedisClient, partitions: Partitions, callSid: str
   const sink = groups.find((group) => group[1] === GROUP)
   const cursor = String(sink?.[sink.indexOf('last-delivered-id') + 1] ?? '0-0')
   return { session, turns, entries, cursor }
-}
-
-function turnOf(callSid: string, fields: string[]): Turn | undefined {
-  const json = fields[fields.indexOf(EVENT_FIELD) + 1]
-  try {
-    const parsed = parseEvent(JSON.parse(json ?? ''), callSid, true)
-    return parsed instanceof Refusal || parsed.event.type !== 'turn' ? undefined : parsed.event
-  } catch {
-    return undefined // not ours: the sink puts it into quarantined_events
-  }
 }
 
 function shownTurn(turn: Turn, key: string, receivedMs: number): ShownTurn {

@@ -1,9 +1,8 @@
 /** `POST /v1/events`: a body of events, each judged by itself; answered once Redis has the good ones. */
 import { isUtf8 } from 'node:buffer'
-import { parseEvent, Refusal } from '../shared/events.js'
+import { parseEvent, parseJson, Refusal } from '../shared/events.js'
 import type { IngestMetrics } from '../shared/metrics.js'
 import type { Appender, Origin } from './append.js'
-import { parseJson } from './stream.js'
 
 export interface Answer {
   status: string

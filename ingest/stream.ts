@@ -2,7 +2,7 @@
  * One `/v1/stream` connection: numbers its events, hands the good ones to the appender, refuses the bad ones by name, and
  * acks cumulatively. Knows nothing of the WebSocket library: it is given a socket that can send and close.
  */
-import { type CallEvent, parseEvent, Refusal } from '../shared/events.js'
+import { type CallEvent, parseEvent, parseJson, Refusal } from '../shared/events.js'
 import type { IngestMetrics } from '../shared/metrics.js'
 import type { Appender, Origin } from './append.js'
 
@@ -136,14 +136,5 @@ export class StreamConnection implements Origin {
 
   private record(event: CallEvent): void {
     this.appender.append(event, JSON.stringify(event), this, 0)
-  }
-}
-
-/** @returns what the text holds, or a Refusal: JSON.parse's own words say where it fails */
-export function parseJson(text: string): unknown {
-  try {
-    return JSON.parse(text)
-  } catch (error) {
-    return new Refusal('invalid_json', (error as Error).message)
   }
 }

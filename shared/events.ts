@@ -28,7 +28,8 @@ export const END_STATUSES: ReadonlySet<string> = new Set(['completed', 'busy', '
 export const OWN_SOURCE = 'calltape'
 
 export const MAX_TEXT_BYTES = 64 * 1024
-const LATEST_MS = Date.UTC(9999, 11, 31, 23, 59, 59, 999)
+/** The last moment that a time may name, epoch ms. */
+export const LATEST_MS = Date.UTC(9999, 11, 31, 23, 59, 59, 999)
 const MAX_INT4 = 2_147_483_647
 
 type JsonObject = Record<string, unknown>
@@ -367,6 +368,15 @@ export function parseEvent(given: unknown, bound?: string, internal = false): Pa
     event.meta = meta
   }
   return { event: event as unknown as CallEvent, changed }
+}
+
+/** @returns what the text holds, or a Refusal: JSON.parse's own words say where it fails */
+export function parseJson(text: string): unknown {
+  try {
+    return JSON.parse(text)
+  } catch (error) {
+    return new Refusal('invalid_json', (error as Error).message)
+  }
 }
 
 /** The key by which a turn or a call event is one and the same however often it arrives. */

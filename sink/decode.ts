@@ -1,5 +1,14 @@
 /** decode: stream entries into rows. What cannot be decoded becomes a quarantine row; it never stops its neighbours. */
-import { type CallEvent, idempotencyKey, OWN_SOURCE, parseEvent, Refusal, type Turn } from '../shared/events.js'
+import {
+  type CallEvent,
+  idempotencyKey,
+  LATEST_MS,
+  OWN_SOURCE,
+  parseEvent,
+  parseJson,
+  Refusal,
+  type Turn,
+} from '../shared/events.js'
 import { EVENT_FIELD } from '../shared/keys.js'
 import type { Lease, Settlement } from './lease.js'
 
@@ -66,7 +75,6 @@ export function emptyBatch<Rows extends TurnRows>(turns: Rows): Batch<Rows> {
 
 /** While a call is live its row's last_event_at may be this old: writing it for every turn would double the work. */
 const LAST_EVENT_GRAIN_MS = 10_000
-const LATEST_MS = Date.UTC(9999, 11, 31, 23, 59, 59, 999)
 
 /** Adds one leased call and its entries to the batch. */
 export function decodeCall(lease: Lease, entries: Entry[], batch: Batch): void {
@@ -99,7 +107,7 @@ export function decodeCall(lease: Lease, entries: Entry[], batch: Batch): void {
 }
 
 function decodeEntry(lease: Lease, [id, fields]: Entry, batch: Batch): CallEvent | undefined {
-  const event = parseEntry(lease.callSid, fieldOf(fields, EVENT_FIELD))
+  const event = parseEntry(lease.callSid, fields)
   if (event instanceof Refusal) {
     batch.quarantine.push(quarantineRow(lease, [id, fields], `${event.code}: ${event.message}`))
     return undefined
@@ -119,14 +127,12 @@ function fieldOf(fields: string[], name: string): string | undefined {
   return undefined
 }
 
-function parseEntry(callSid: string, json: string | undefined): CallEvent | Refusal {
+/** @returns the event that an entry's fields hold, or why they hold none */
+export function parseEntry(callSid: string, fields: string[]): CallEvent | Refusal {
+  const json = fieldOf(fields, EVENT_FIELD)
   if (json === undefined) return new Refusal('missing_field', `the entry has no field ${EVENT_FIELD}`)
-  let given: unknown
-  try {
-    given = JSON.parse(json)
-  } catch (error) {
-    return new Refusal('invalid_json', (error as Error).message)
-  }
+  const given = parseJson(json)
+  if (given instanceof Refusal) return given
   const parsed = parseEvent(given, callSid, true)
   return parsed instanceof Refusal ? parsed : parsed.event
 }

@@ -79,13 +79,10 @@ export class Leases {
     const share = (limit: number) => Math.ceil(limit / asked.size)
     const answers = await Promise.all(
       [...asked.values()].map(async (partitions) => {
-        const reply = await leaseScript.run(
-          this.client,
-          partitions.flatMap((p) => [p.ready, p.leased, p.ended]),
-          [share(limits.calls), share(limits.entries), share(limits.bytes), limits.leaseMs].concat(
-            partitions.flatMap((p) => [p.streamPrefix, p.sessionPrefix]) as never[],
-          ),
-        )
+        const keys = partitions.flatMap((p) => [p.ready, p.leased, p.ended])
+        const prefixes = partitions.flatMap((p) => [p.streamPrefix, p.sessionPrefix])
+        const most = [share(limits.calls), share(limits.entries), share(limits.bytes)]
+        const reply = await leaseScript.run(this.client, keys, [...most, limits.leaseMs, ...prefixes])
         return readLeases(reply as LeaseReply, partitions)
       }),
     )
@@ -97,8 +94,7 @@ export class Leases {
     const groups = new Map<string, Settlement[]>()
     for (const settlement of settlements) {
       const { partition, deadline } = settlement.lease
-      const key = `${deadline} ${this.laneOf.get(partition)?.wake}`
-      groups.set(key, [...(groups.get(key) ?? []), settlement])
+      addTo(groups, `${deadline} ${this.laneOf.get(partition)?.wake}`, settlement)
     }
     const replies = await Promise.all([...groups.values()].map((group) => this.settleTogether(group)))
     return { lapsed: replies.reduce((sum, r) => sum + r[0], 0), again: replies.flatMap((r) => r[1]) }
@@ -176,12 +172,15 @@ export class Leases {
 
   private byLane(partitions: PartitionKeys[]): Map<Lane, PartitionKeys[]> {
     const groups = new Map<Lane, PartitionKeys[]>()
-    for (const partition of partitions) {
-      const lane = this.laneOf.get(partition)!
-      groups.set(lane, [...(groups.get(lane) ?? []), partition])
-    }
+    for (const partition of partitions) addTo(groups, this.laneOf.get(partition)!, partition)
     return groups
   }
+}
+
+function addTo<K, V>(groups: Map<K, V[]>, key: K, value: V): void {
+  const group = groups.get(key)
+  if (group) group.push(value)
+  else groups.set(key, [value])
 }
 
 type LeaseReply = [

@@ -143,9 +143,11 @@ export class Worker {
       if (middle > 0) {
         return [...(await this.store(leases.slice(0, middle))), ...(await this.store(leases.slice(middle)))]
       }
-      const settlements: Promise<Settlement>[] = []
-      await this.read(leases, (lease, entries) => settlements.push(this.storeHalves(lease, entries, error)))
-      return Promise.all(settlements)
+      let alone: Entry[] = []
+      await this.read(leases, (_lease, entries) => {
+        alone = entries
+      })
+      return [await this.storeHalves(leases[0]!, alone, error)]
     }
   }
 

@@ -57,11 +57,6 @@ export interface Written {
 /** @throws whatever PostgreSQL says; then nothing of the batch is stored */
 export async function writeBatch(pool: Pool, batch: Batch<EncodedTurns>): Promise<Written> {
   const client = await pool.connect()
-  let broken: Error | undefined
-  const onError = (error: Error) => {
-    broken = error // a lost connection is reported here, too; the query that runs on it fails by itself
-  }
-  client.on('error', onError)
   try {
     if (batch.redelivered) return await inTransaction(client, () => writeAll(client, batch, stageTurns))
     try {
@@ -74,8 +69,7 @@ export async function writeBatch(pool: Pool, batch: Batch<EncodedTurns>): Promis
       return await inTransaction(client, () => writeAll(client, batch, stageTurns))
     }
   } finally {
-    client.off('error', onError)
-    client.release(broken)
+    client.release() // the pool drops a connection that broke
   }
 }
 
