@@ -2,6 +2,7 @@
 /** The one program. Only parses and starts: each command lives in its own file, loaded when it is asked for. */
 import { Command } from 'commander'
 import { OperatorError, readConfig } from '../shared/config.js'
+import { armCrash } from '../shared/crash.js'
 import { createLog } from '../shared/log.js'
 import { readPackageFile } from '../shared/package-root.js'
 
@@ -99,6 +100,7 @@ async function runUntilStopped(
   ) => Promise<Running & { url: string }>,
 ): Promise<void> {
   const config = readConfig()
+  armCrash(config.CRASH_AT)
   const log = createLog(name, config.LOG_LEVEL)
   const service = await start(config, log)
   process.send?.({ url: service.url })

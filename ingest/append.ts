@@ -9,6 +9,7 @@
  */
 import { randomUUID } from 'node:crypto'
 import { setTimeout as sleep } from 'node:timers/promises'
+import { crashPoint } from '../shared/crash.js'
 import { type CallEvent, Refusal } from '../shared/events.js'
 import type { PartitionKeys, Partitions } from '../shared/keys.js'
 import type { Logger } from '../shared/log.js'
@@ -114,11 +115,13 @@ class LaneQueue {
     this.inFlight++
     const started = performance.now()
     const { keys, args } = this.encode(batch)
+    crashPoint('before-append')
     try {
       const [reply] = await Promise.all([
         appendScript.runLoaded(this.client, keys, args),
         this.appender.options.confirm?.(this.client),
       ])
+      crashPoint('after-append')
       this.retryPauseMs = FIRST_RETRY_PAUSE_MS
       this.batches.splice(this.batches.indexOf(batch), 1)
       this.appender.applied(batch, reply as [number, string][], (performance.now() - started) / 1000)

@@ -3,6 +3,7 @@
  * variable and what it wants. README.md has the same table for people.
  */
 import { z } from 'zod'
+import { CRASH_POINTS, parseCrash } from './crash.js'
 
 function number(min: number, max: number) {
   const error = `wants an integer from ${min} to ${max}`
@@ -23,6 +24,13 @@ const redisUrl = z.string().refine((v) => v.split(',').every((u) => isUrl(u.trim
 })
 const databaseUrl = z.string().refine((v) => isUrl(v, /^postgres(ql)?:\/\/\S+$/), {
   message: 'wants postgres://user:password@host:port/database',
+})
+
+/** Only tests set it. */
+const crash = z.string().transform((v, context) => {
+  const parsed = parseCrash(v)
+  if (!parsed) context.addIssue(`wants POINT, POINT:N or POINT@TEXT, POINT being one of ${CRASH_POINTS.join(' ')}`)
+  return parsed
 })
 
 const schema = z.object({
@@ -51,6 +59,7 @@ const schema = z.object({
   BATCH_MAX_ROWS: number(1, 100_000).default(5000),
   BATCH_MAX_BYTES: number(1024, 1024 * 1024 * 1024).default(8 * 1024 * 1024),
   LEASE_SECONDS: number(1, 3600).default(15),
+  CRASH_AT: crash.optional(),
   LOG_LEVEL: z.enum(['trace', 'debug', 'info', 'warn', 'error', 'fatal', 'silent']).default('info'),
 })
 

@@ -1,4 +1,5 @@
 /** decode: stream entries into rows. What cannot be decoded becomes a quarantine row; it never stops its neighbours. */
+import { crashPoint } from '../shared/crash.js'
 import {
   type CallEvent,
   idempotencyKey,
@@ -107,6 +108,7 @@ export function decodeCall(lease: Lease, entries: Entry[], batch: Batch): void {
 }
 
 function decodeEntry(lease: Lease, [id, fields]: Entry, batch: Batch): CallEvent | undefined {
+  crashPoint('decode', fields[1])
   const event = parseEntry(lease.callSid, fields)
   if (event instanceof Refusal) {
     batch.quarantine.push(quarantineRow(lease, [id, fields], `${event.code}: ${event.message}`))

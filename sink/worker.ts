@@ -5,6 +5,7 @@
  * ahead there is. A call is leased to one worker at a time, so its entries are committed in order.
  */
 import { setTimeout as sleep } from 'node:timers/promises'
+import { crashPoint } from '../shared/crash.js'
 import type { Logger } from '../shared/log.js'
 import type { SinkMetrics } from '../shared/metrics.js'
 import { type Pool, sqlState } from '../shared/postgres.js'
@@ -108,14 +109,18 @@ export class Worker {
   /** One batch. @returns whether that shows that the sink can do its work */
   private async work(): Promise<boolean> {
     const { leases, wake, limits, progress, log } = this.context
+    crashPoint('before-lease')
     const { leases: taken, more } = await leases.lease(wake.take(), limits)
     wake.add(more)
     // Nothing to do shows nothing after a failure: the calls may be with others who fail, too.
     if (taken.length === 0) return progress.isInDoubt && (await leases.backlog()).lagMs === 0
+    crashPoint('after-lease')
     progress.began()
     try {
       const settlements = await this.store(taken)
+      crashPoint('before-settle')
       const { lapsed, again } = await leases.settle(settlements)
+      crashPoint('after-settle')
       if (lapsed > 0) log.warn({ lapsed }, 'leases lapsed while their entries were being committed')
       wake.add(again)
       return true
@@ -189,6 +194,7 @@ export class Worker {
     const { pool, metrics } = this.context
     const started = performance.now()
     const written = await writeBatch(pool, batch)
+    crashPoint('after-commit')
     metrics.writeSeconds.observe((performance.now() - started) / 1000)
     metrics.latencySeconds.observe(Math.max(0, Date.now() - batch.oldestMs) / 1000)
     metrics.batchRows.observe(batch.turns.length + batch.events.length)

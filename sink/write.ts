@@ -7,6 +7,7 @@
 import { Readable } from 'node:stream'
 import { pipeline } from 'node:stream/promises'
 import { from as copyFrom } from 'pg-copy-streams'
+import { crashPoint } from '../shared/crash.js'
 import { readPackageFile } from '../shared/package-root.js'
 import { type Pool, type PoolClient, sqlState } from '../shared/postgres.js'
 import { type EncodedTurns, TURN_COLUMNS } from './copy.js'
@@ -77,6 +78,7 @@ async function inTransaction<T>(client: PoolClient, work: () => Promise<T>): Pro
   await client.query('BEGIN')
   try {
     const result = await work()
+    crashPoint('before-commit')
     await client.query('COMMIT')
     return result
   } catch (error) {
@@ -97,7 +99,9 @@ async function writeAll(client: PoolClient, batch: Batch<EncodedTurns>, writeTur
   if (batch.calls.length > 0) {
     const values = callColumns(batch.calls)
     await client.query({ ...LOCK_CALLS, values: [values[0]] })
+    crashPoint('before-finalize')
     await client.query({ ...FOLD, values })
+    crashPoint('after-finalize')
   }
   return written
 }
@@ -121,6 +125,7 @@ async function stageTurns(client: PoolClient, rows: EncodedTurns): Promise<Writt
 
 /** Through `pipeline`: it is the one way in which an error in the middle leaves both stream and connection usable. */
 async function copy(client: PoolClient, table: string, rows: EncodedTurns): Promise<void> {
+  crashPoint('before-copy')
   const data = rows.encoded()
   const chunks: Buffer[] = []
   for (let at = 0; at < data.length; at += COPY_CHUNK_BYTES) chunks.push(data.subarray(at, at + COPY_CHUNK_BYTES))
@@ -128,6 +133,7 @@ async function copy(client: PoolClient, table: string, rows: EncodedTurns): Prom
     Readable.from(chunks),
     client.query(copyFrom(`COPY ${table} (${TURN_COLUMNS}) FROM STDIN (FORMAT binary)`)),
   )
+  crashPoint('after-copy')
 }
 
 const iso = (ms: number) => new Date(ms).toISOString()
