@@ -3,7 +3,7 @@
 --
 -- KEYS  [1] producer key: the last batch of this producer that was applied
 --       [2] wake channel
---       then for each partition in the batch: ready, leased, open
+--       then for each partition in the batch: ready, leased, open, ended
 --       then for each call in the batch: stream, session
 -- ARGV  [1] the batch's number (1, 2, 3 … for a producer)
 --       [2] number of the last batch that its producer knows to be applied, 0 for none
@@ -13,8 +13,10 @@
 --       then for each call: call_sid
 --                           index of its partition among those above, from 1
 --                           bytes of its events
+--                           1 if one of them brings the call back, should it have been presumed over, else 0
 --                           number of events, then each event's JSON
---                           number of session fields and values, then field, value, field, value … (`ended`: it is over)
+--                           number of session fields and values, then field, value, field, value … (`ended`: it is over;
+--                           `connected`, `disconnected`: which bound connection of the call opened or closed)
 -- Reply  the calls that could not be appended to, as {index of the call from 1, error}; empty when all is well.
 --        'GAP' when an earlier batch of this producer is missing: send that one first.
 --
@@ -34,7 +36,7 @@ local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local idle, grace = tonumber(ARGV[3]), tonumber(ARGV[4])
 local partitions = tonumber(ARGV[5])
-local call_key = 3 + 3 * partitions
+local call_key = 3 + 4 * partitions
 local arg = 6
 local refused = {}
 local woken = {}
@@ -52,11 +54,18 @@ local function append_events(stream, session, bytes, first, count)
   if total == tonumber(bytes) then redis.pcall('XGROUP', 'CREATE', stream, 'sink', '0') end
 end
 
--- The session keeps an end status once it has one, whatever order callbacks arrive in.
 local function set_session(session, first, count)
   for i = first, first + count - 1, 2 do
-    if ARGV[i] ~= 'status' or END_STATUS[ARGV[i + 1]] or not END_STATUS[redis.call('HGET', session, 'status')] then
-      redis.call('HSET', session, ARGV[i], ARGV[i + 1])
+    local field, value = ARGV[i], ARGV[i + 1]
+    if field == 'connected' then
+      redis.call('HSET', session, 'connection', field, 'connection_id', value)
+    elseif field == 'disconnected' then
+      -- The end of an older connection may be noticed long after the call has come back on a new one.
+      local latest = redis.call('HGET', session, 'connection_id')
+      if not latest or latest == value then redis.call('HSET', session, 'connection', field) end
+    elseif field ~= 'status' or END_STATUS[value] or not END_STATUS[redis.call('HGET', session, 'status')] then
+      -- The session keeps an end status once it has one, whatever order callbacks arrive in.
+      redis.call('HSET', session, field, value)
     end
   end
 end
@@ -64,14 +73,14 @@ end
 local index = 0
 while arg <= #ARGV do
   index = index + 1
-  local sid, bytes, events = ARGV[arg], ARGV[arg + 2], tonumber(ARGV[arg + 3])
-  local partition_key = 3 + 3 * (tonumber(ARGV[arg + 1]) - 1)
+  local sid, bytes, events = ARGV[arg], ARGV[arg + 2], tonumber(ARGV[arg + 4])
+  local partition_key = 3 + 4 * (tonumber(ARGV[arg + 1]) - 1)
   local ready, leased, open = KEYS[partition_key], KEYS[partition_key + 1], KEYS[partition_key + 2]
   local stream, session = KEYS[call_key], KEYS[call_key + 1]
-  local fields = arg + 4 + events
+  local fields = arg + 5 + events
   local field_count = tonumber(ARGV[fields])
 
-  local err = append_events(stream, session, bytes, arg + 4, events)
+  local err = append_events(stream, session, bytes, arg + 5, events)
   if err then
     refused[#refused + 1] = { index, err }
   else
@@ -79,6 +88,11 @@ while arg <= #ARGV do
     -- Once a call has ended, whatever comes late does not open it again; nor does what comes of a call that seems over, such
     -- as its recording's URL, keep it open for longer than the grace.
     local state = redis.call('HMGET', session, 'ended', 'status', 'connection')
+    if state[1] == 'presumed' and ARGV[arg + 3] == '1' then
+      redis.call('HDEL', session, 'ended', 'reason')
+      redis.call('ZREM', KEYS[partition_key + 3], sid)
+      state[1] = false
+    end
     if state[1] then
       redis.call('ZREM', open, sid)
     else

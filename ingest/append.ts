@@ -10,7 +10,7 @@
 import { randomUUID } from 'node:crypto'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { crashPoint } from '../shared/crash.js'
-import { type CallEvent, Refusal } from '../shared/events.js'
+import { type CallEvent, Refusal, resumes } from '../shared/events.js'
 import type { PartitionKeys, Partitions } from '../shared/keys.js'
 import type { Logger } from '../shared/log.js'
 import type { IngestMetrics } from '../shared/metrics.js'
@@ -39,6 +39,8 @@ export interface Origin {
 interface CallBatch {
   partition: PartitionKeys
   bytes: number
+  /** One of its events would bring it back, had it been presumed over. */
+  resumes: boolean
   payloads: string[]
   origins: Origin[]
   positions: number[]
@@ -170,10 +172,10 @@ class LaneQueue {
       if (index === undefined) {
         index = partitions.size + 1
         partitions.set(call.partition, index)
-        keys.push(call.partition.ready, call.partition.leased, call.partition.open)
+        keys.push(call.partition.ready, call.partition.leased, call.partition.open, call.partition.ended)
       }
       callKeys.push(call.partition.streamPrefix + sid, call.partition.sessionPrefix + sid)
-      calls.push(sid, index, call.bytes, call.payloads.length)
+      calls.push(sid, index, call.bytes, call.resumes ? 1 : 0, call.payloads.length)
       for (const payload of call.payloads) calls.push(payload)
       calls.push(call.session.length)
       for (const field of call.session) calls.push(field)
@@ -232,13 +234,14 @@ export class Appender {
     const batch = lane.open(bytes)
     let call = batch.calls.get(event.call_sid)
     if (!call) {
-      call = { partition, bytes: 0, payloads: [], origins: [], positions: [], session: [] }
+      call = { partition, bytes: 0, resumes: false, payloads: [], origins: [], positions: [], session: [] }
       batch.calls.set(event.call_sid, call)
     }
     call.payloads.push(payload)
     call.origins.push(origin)
     call.positions.push(position)
     call.bytes += bytes
+    if (resumes(event)) call.resumes = true
     batch.bytes += bytes
     batch.events++
     this.queuedBytes += bytes + EVENT_OVERHEAD_BYTES

@@ -1,7 +1,7 @@
 /** What the live session hash shows of a call: what its producers said last. append.lua keeps an end status once it has one. */
 import type { CallEvent } from '../shared/events.js'
 
-/** @returns field, value, field, value … for HSET; empty for a turn */
+/** @returns field, value, field, value … as append.lua wants them; empty for a turn */
 export function sessionFields(event: CallEvent): string[] {
   switch (event.type) {
     case 'turn':
@@ -16,7 +16,7 @@ export function sessionFields(event: CallEvent): string[] {
       return [...given(event, ['reason', 'outcome', 'turn_count', 'duration_seconds', 'recording_url']), 'ended', '1']
     case 'call.connected':
     case 'call.disconnected':
-      return ['connection', event.type.slice('call.'.length)]
+      return [event.type.slice('call.'.length), event.connection ?? '']
   }
 }
 

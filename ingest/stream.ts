@@ -2,7 +2,8 @@
  * One `/v1/stream` connection: numbers its events, hands the good ones to the appender, refuses the bad ones by name, and
  * acks cumulatively. Knows nothing of the WebSocket library: it is given a socket that can send and close.
  */
-import { type CallEvent, parseEvent, parseJson, Refusal } from '../shared/events.js'
+import { randomUUID } from 'node:crypto'
+import { type CallEvent, type ConnectionChanged, parseEvent, parseJson, Refusal } from '../shared/events.js'
 import type { IngestMetrics } from '../shared/metrics.js'
 import type { Appender, Origin } from './append.js'
 
@@ -30,6 +31,7 @@ export class StreamConnection implements Origin {
   private readonly ahead = new Set<number>()
   private open = true
   private ended = false
+  private readonly id = randomUUID()
 
   constructor(
     private readonly socket: Socket,
@@ -43,20 +45,13 @@ export class StreamConnection implements Origin {
   opened(): void {
     const { window, maxMessageBytes } = this.options
     this.socket.send(JSON.stringify({ type: 'hello', protocol: 1, window, max_message_bytes: maxMessageBytes }))
-    if (this.boundTo) this.record({ type: 'call.connected', call_sid: this.boundTo, source: 'ingest' })
+    this.record('call.connected')
   }
 
   /** The end of a bound connection without `call.ended` is recorded in the stream, where the end of a call belongs. */
   closed(code: number): void {
     this.open = false
-    if (this.boundTo && !this.ended) {
-      this.record({
-        type: 'call.disconnected',
-        call_sid: this.boundTo,
-        source: 'ingest',
-        reason: `closed with ${code}`,
-      })
-    }
+    if (!this.ended) this.record('call.disconnected', `closed with ${code}`)
   }
 
   /** @param text one event or an array of events, as JSON; undefined for a message that is not text */
@@ -134,7 +129,11 @@ export class StreamConnection implements Origin {
     this.socket.send(`{"type":"ack","through":${this.through}}`)
   }
 
-  private record(event: CallEvent): void {
+  /** What became of a bound connection is an event of its call. */
+  private record(type: ConnectionChanged['type'], reason?: string): void {
+    if (this.boundTo === undefined) return
+    const event: CallEvent = { type, call_sid: this.boundTo, source: 'ingest', connection: this.id }
+    if (reason !== undefined) event.reason = reason
     this.appender.append(event, JSON.stringify(event), this, 0)
   }
 }

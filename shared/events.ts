@@ -27,6 +27,21 @@ export const END_STATUSES: ReadonlySet<string> = new Set(['completed', 'busy', '
 /** Marks the `call.ended` of a call that was presumed over: anybody else's word is better. */
 export const OWN_SOURCE = 'calltape'
 
+/**
+ * Why a call is presumed over although nobody said so. It is live again when it goes on: with a turn, or a new connection.
+ * (What follows an end status, or only adds to the call, such as its recording's URL, does not bring it back.)
+ */
+export const PRESUMED_REASONS: ReadonlySet<string> = new Set(['abandoned', 'disconnected'])
+
+/** Would these events bring back a call that was presumed over? */
+export function resumes({ type }: CallEvent): boolean {
+  return type === 'turn' || type === 'call.connected'
+}
+
+export function isPresumedEnd(event: CallEvent): boolean {
+  return event.type === 'call.ended' && event.source === OWN_SOURCE && PRESUMED_REASONS.has(event.reason ?? '')
+}
+
 export const MAX_TEXT_BYTES = 64 * 1024
 /** The last moment that a time may name, epoch ms. */
 export const LATEST_MS = Date.UTC(9999, 11, 31, 23, 59, 59, 999)
@@ -91,6 +106,8 @@ export interface CallEnded extends Common {
 /** Written by ingest alone, when a connection bound to one call (`?call_sid=`) opens or closes. */
 export interface ConnectionChanged extends Common {
   type: 'call.connected' | 'call.disconnected'
+  /** Which connection: the end of an older one, found late, says nothing of the call. */
+  connection?: string
   reason?: string
 }
 
@@ -258,10 +275,11 @@ const PUBLIC_TYPES = new Map<string, TypeRules>([
   ['call.data', rules({ data: object, stage: string(128), objections: strings })],
   ['call.ended', rules({ reason: string(1024), outcome: string(128), turn_count: integer(MAX_INT4), ...ending })],
 ])
-const ALL_TYPES = new Map([
+const connectionFields = { connection: string(128), reason: string(1024) }
+const ALL_TYPES = new Map<string, TypeRules>([
   ...PUBLIC_TYPES,
-  ['call.connected', rules({ reason: string(1024) })],
-  ['call.disconnected', rules({ reason: string(1024) })],
+  ['call.connected', rules(connectionFields)],
+  ['call.disconnected', rules(connectionFields)],
 ])
 
 /** An event that was taken, and whether it differs from what was given (else the given JSON can be stored as it came). */

@@ -3,11 +3,13 @@ import { crashPoint } from '../shared/crash.js'
 import {
   type CallEvent,
   idempotencyKey,
+  isPresumedEnd,
   LATEST_MS,
   OWN_SOURCE,
   parseEvent,
   parseJson,
   Refusal,
+  resumes,
   type Turn,
 } from '../shared/events.js'
 import { EVENT_FIELD } from '../shared/keys.js'
@@ -54,6 +56,7 @@ export interface CallRow {
   firstMs: number
   /** Its latest event in the batch that somebody sent, epoch ms; null when calltape itself presumed the call over. */
   lastMs: number | null
+  /** For the metrics: whether the call has ended is for the fold to say. */
   finalize: boolean
 }
 
@@ -85,7 +88,8 @@ export function decodeCall(lease: Lease, entries: Entry[], batch: Batch): void {
     return
   }
   const eventsBefore = batch.events.length
-  let finalize = lease.finalized
+  let ended = lease.finalized
+  let presumed = false
   let firstMs = Infinity
   let lastMs: number | null = null
   for (const entry of entries) {
@@ -94,8 +98,11 @@ export function decodeCall(lease: Lease, entries: Entry[], batch: Batch): void {
     const ms = event.ts ?? entryMs(entry[0])
     if (ms < firstMs) firstMs = ms
     if (event.source !== OWN_SOURCE && (lastMs === null || ms > lastMs)) lastMs = ms
-    if (event.type === 'call.ended') finalize = true
+    if (isPresumedEnd(event)) presumed = true
+    else if (event.type === 'call.ended') ended = true
+    else if (resumes(event)) presumed = false
   }
+  const finalize = ended || presumed
   // Quarantined entries alone make a row, too: the turns behind them would not, for theirs is not the first batch.
   if (firstMs === Infinity) firstMs = entryMs(entries[0]![0])
   const moved = grain(entryMs(lease.cursor)) !== grain(entryMs(last)) // of a new call, whose cursor is 0-0, too

@@ -3,11 +3,12 @@
 --
 -- $1 text[]        call_sids, sorted (two sinks that meet on the same calls then wait for each other instead of deadlocking)
 -- $2 timestamptz[] each call's earliest event in this batch   $3 timestamptz[] its latest
--- $4 boolean[]     true: the call has ended, so finalize it
 WITH batch AS (
-  SELECT * FROM unnest($1::text[], $2::timestamptz[], $3::timestamptz[], $4::boolean[]) AS b(call_sid, first_at, last_at, ended)
+  SELECT * FROM unnest($1::text[], $2::timestamptz[], $3::timestamptz[]) AS b(call_sid, first_at, last_at)
 ), folded AS (
-  SELECT b.*, e.*, t.*, b.ended OR e.has_ended AS final
+  SELECT b.*, e.*, t.*,
+    -- A call that was presumed over is live again if it went on after that: with a turn, or a new connection.
+    has_ended OR coalesce(presumed_place > coalesce(greatest(connected_place, last_turn_place), '{0,0}'), false) AS final
   FROM batch b
   CROSS JOIN LATERAL (
     -- What was said of the call, first or last in the order in which it happened; over no rows it is one row of nulls.
@@ -17,11 +18,11 @@ WITH batch AS (
       (array_agg(event->>'from'      ORDER BY n) FILTER (WHERE event ? 'from'))[1]      AS from_number,
       (array_agg(event->>'to'        ORDER BY n) FILTER (WHERE event ? 'to'))[1]        AS to_number,
       -- An end status is never left again; of the others, the furthest counts, in whatever order they came.
+      (array_agg(status ORDER BY n) FILTER (WHERE is_end))[1] AS end_status,
       coalesce(
-        (array_agg(status ORDER BY n) FILTER (WHERE is_end))[1],
-        CASE WHEN bool_or(type = 'call.ended') THEN 'completed' END,
         (array_agg(status ORDER BY array_position('{in-progress,ringing,initiated,queued}', status)) FILTER (WHERE event ? 'status'))[1],
-        CASE WHEN bool_or(type = 'call.started') THEN 'initiated' END
+        CASE WHEN bool_or(type = 'call.started') THEN 'initiated' END,
+        'in-progress' -- no word of its status, but turns
       ) AS status,
       (array_agg(event->>'outcome'                 ORDER BY n DESC) FILTER (WHERE event ? 'outcome'))[1]          AS outcome,
       (array_agg((event->>'turn_count')::int       ORDER BY n DESC) FILTER (WHERE event ? 'turn_count'))[1]       AS expected_turns,
@@ -30,6 +31,8 @@ WITH batch AS (
       (array_agg(event->>'stage'                   ORDER BY n DESC) FILTER (WHERE event ? 'stage'))[1]            AS conversation_stage,
       -- calltape's own call.ended is a presumption: anybody else's word is better.
       (array_agg(event->>'reason' ORDER BY own, n DESC) FILTER (WHERE type = 'call.ended' AND event ? 'reason'))[1] AS end_reason,
+      max(place) FILTER (WHERE presumed) AS presumed_place,
+      max(place) FILTER (WHERE type = 'call.connected') AS connected_place,
       array_agg(event->'data'       ORDER BY n) FILTER (WHERE event ? 'data')       AS data,
       array_agg(event->'objections' ORDER BY n) FILTER (WHERE event ? 'objections') AS objections,
       array_agg(event->'meta'       ORDER BY n) FILTER (WHERE event ? 'meta')       AS metas,
@@ -37,16 +40,17 @@ WITH batch AS (
       max(occurred_at) FILTER (WHERE NOT own) AS last_event_at,
       min(occurred_at) FILTER (WHERE status = 'in-progress') AS answered_at,
       coalesce(min(occurred_at) FILTER (WHERE type = 'call.ended' AND NOT own), min(occurred_at) FILTER (WHERE is_end)) AS over_at,
-      -- When its connection was lost; null if there was none, or it came back.
-      (array_agg(CASE type WHEN 'call.disconnected' THEN occurred_at END ORDER BY n DESC)
-        FILTER (WHERE type IN ('call.connected', 'call.disconnected')))[1] AS lost_at,
-      coalesce(bool_or(type = 'call.ended'), false) AS has_ended
+      -- The call's last connection, and when each one was lost: an older one's end may be noticed after the last one began.
+      (array_agg(event->>'connection' ORDER BY n DESC) FILTER (WHERE type = 'call.connected'))[1] AS last_connection,
+      jsonb_object_agg(event->>'connection', occurred_at ORDER BY n) FILTER (WHERE type = 'call.disconnected' AND event ? 'connection') AS lost,
+      coalesce(bool_or(type = 'call.ended' AND NOT presumed), false) AS has_ended
     FROM (
-      SELECT type, event, occurred_at,
+      SELECT type, event, occurred_at, string_to_array(stream_id, '-')::numeric[] AS place,
         row_number() OVER (ORDER BY occurred_at, ingested_at, split_part(stream_id, '-', 2)::numeric) AS n,
         event->>'status' AS status,
         event->>'status' IN ('completed', 'busy', 'failed', 'no-answer', 'canceled') AS is_end,
-        event->>'source' IS NOT DISTINCT FROM 'calltape' AS own
+        event->>'source' IS NOT DISTINCT FROM 'calltape' AS own,
+        type = 'call.ended' AND event @> '{"source": "calltape"}' AND event->>'reason' IN ('abandoned', 'disconnected') AS presumed
       FROM call_events WHERE call_sid = b.call_sid
     ) numbered
   ) e
@@ -56,11 +60,11 @@ WITH batch AS (
       jsonb_agg(jsonb_build_object('seq', seq, 'speaker', speaker, 'text', text, 'timestamp', spoken_at)
                 ORDER BY place NULLS FIRST, seq NULLS LAST, n) AS full_transcript,
       count(*)::int AS turn_count, count(seq) AS numbered, count(DISTINCT seq) AS distinct_seqs, max(seq) AS last_seq,
-      min(spoken_at) AS first_turn_at, max(spoken_at) AS last_turn_at
+      min(spoken_at) AS first_turn_at, max(spoken_at) AS last_turn_at, max(stream_place) AS last_turn_place
     FROM (
-      SELECT seq, speaker, text, spoken_at, coalesce(seq, max(seq) OVER spoken) AS place, row_number() OVER spoken AS n
+      SELECT CASE WHEN presumed_place IS NOT NULL THEN string_to_array(stream_id, '-')::numeric[] END AS stream_place, seq, speaker, text, spoken_at, coalesce(seq, max(seq) OVER spoken) AS place, row_number() OVER spoken AS n
       FROM call_transcript_turns
-      WHERE call_sid = b.call_sid AND (b.ended OR e.has_ended) -- a live call's turns are not read
+      WHERE call_sid = b.call_sid AND (has_ended OR presumed_place IS NOT NULL) -- a live call's turns are not read
       WINDOW spoken AS (ORDER BY spoken_at, ingested_at, split_part(stream_id, '-', 2)::numeric)
     ) placed
   ) t
@@ -72,7 +76,7 @@ INSERT INTO call_sessions AS s (
 )
 SELECT
   call_sid, provider, direction, from_number, to_number,
-  coalesce(status, 'in-progress'), -- no word of its status, but turns
+  coalesce(end_status, CASE WHEN final THEN 'completed' END, status),
   outcome, initiated_at, answered_at,
   CASE WHEN final THEN presumed_over_at ELSE over_at END,
   coalesce(duration_seconds, CASE WHEN final THEN
@@ -91,14 +95,15 @@ SELECT
        WHEN turn_count < expected_turns OR (numbered = turn_count AND distinct_seqs <= last_seq) THEN false
        WHEN turn_count = expected_turns THEN true
   END,
-  end_reason,
+  CASE WHEN final THEN end_reason END,
   (SELECT jsonb_object_agg(key, value ORDER BY n) FROM unnest(metas) WITH ORDINALITY AS m(object, n), jsonb_each(object)),
   coalesce(greatest(last_at, last_event_at, last_turn_at), first_at),
   CASE WHEN final THEN now() END
 FROM (
   SELECT *, coalesce(least(first_event_at, first_turn_at), first_at) AS initiated_at,
     -- If nobody said when: when its connection was lost, or else when it was last heard of.
-    coalesce(over_at, greatest(coalesce(lost_at, last_event_at), last_turn_at), first_at) AS presumed_over_at
+    coalesce(over_at, greatest(coalesce((lost->>last_connection)::timestamptz, last_event_at), last_turn_at), first_at)
+      AS presumed_over_at
   FROM folded
 ) timed
 ORDER BY call_sid

@@ -26,7 +26,8 @@ for p = 1, (#KEYS - 1) / 3 do
     local id = redis.pcall('XADD', ARGV[2 * p] .. sid, 'NOMKSTREAM', '*', 'e',
       '{"type":"call.ended","call_sid":"' .. sid .. '","source":"calltape","reason":"' .. reason .. '"}')
     if type(id) == 'string' then
-      redis.pcall('HSET', session_key, 'ended', '1', 'reason', reason)
+      -- Presumed for its silence alone: then append.lua brings it back should it go on.
+      redis.pcall('HSET', session_key, 'ended', reason == session[2] and '1' or 'presumed', 'reason', reason)
       if not redis.call('ZSCORE', leased, sid) then redis.call('ZADD', ready, 'NX', now, sid) end
       reaped[#reaped + 1] = sid
     end

@@ -30,7 +30,8 @@ for c = 0, (#KEYS - 1) / 6 - 1 do
       redis.pcall('XGROUP', 'SETID', stream, 'sink', last, 'ENTRIESREAD', read)
     end
     if ARGV[a + 4] == '1' then redis.pcall('HDEL', KEYS[k + 5], 'lapses') end
-    if ARGV[a + 3] == '1' then
+    -- A call that was presumed over may have come back meanwhile.
+    if ARGV[a + 3] == '1' and not (redis.call('ZSCORE', open, sid) and not redis.pcall('HGET', KEYS[k + 5], 'ended')) then
       redis.call('ZREM', open, sid)
       redis.call('ZADD', ended, now, sid)
     end

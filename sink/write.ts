@@ -165,6 +165,5 @@ function callColumns(rows: CallRow[]): unknown[] {
     sorted.map((r) => r.callSid),
     sorted.map((r) => iso(r.firstMs)),
     sorted.map((r) => (r.lastMs === null ? null : iso(r.lastMs))),
-    sorted.map((r) => r.finalize),
   ]
 }

@@ -107,7 +107,7 @@ test('the_session_holds_what_producers_said_last', async () => {
     { type: 'call.started', call_sid: sid, ts: 5, direction: 'inbound', from: '+1', to: '+2', provider: 'twilio' },
     { type: 'call.data', call_sid: sid, stage: 'greeting' },
     { type: 'call.data', call_sid: sid, stage: 'offer', data: { a: 1 } },
-    { type: 'call.connected', call_sid: sid },
+    { type: 'call.connected', call_sid: sid, connection: 'c1' },
     { type: 'call.ended', call_sid: sid, reason: 'hangup', outcome: 'sold', turn_count: 0 },
   )
   const { bytes, ...session } = await redis.client.hgetall(sessionOf(redis, sid))
@@ -121,11 +121,25 @@ test('the_session_holds_what_producers_said_last', async () => {
     provider: 'twilio',
     stage: 'offer',
     connection: 'connected',
+    connection_id: 'c1',
     reason: 'hangup',
     outcome: 'sold',
     turn_count: '0',
     ended: '1',
   })
+})
+
+test('the_end_of_an_older_connection_that_is_noticed_late_does_not_disconnect_the_call', async () => {
+  const producer = new Producer(redis)
+  const link = (type: 'call.connected' | 'call.disconnected', connection: string) =>
+    producer.store({ type, call_sid: sid, connection })
+  const state = () => redis.client.hget(sessionOf(redis, sid), 'connection')
+  await link('call.connected', 'half-open')
+  await link('call.connected', 'back')
+  await link('call.disconnected', 'half-open')
+  expect(await state()).toBe('connected')
+  await link('call.disconnected', 'back')
+  expect(await state()).toBe('disconnected')
 })
 
 test.each(['stream', 'session'] as const)('a_key_of_another_type_refuses_only_its_own_call: the %s', async (which) => {

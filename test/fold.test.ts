@@ -421,19 +421,28 @@ describe('columns', () => {
 
   test('ended_at_is_the_end_that_was_reported_else_the_end_status_else_the_disconnect_else_the_last_event', async () => {
     const status: Said = { type: 'call.status', status: 'completed', ts: at(8) }
-    const lost: Said = { type: 'call.disconnected', source: 'ingest', ts: at(7) }
+    const lost: Said = { type: 'call.disconnected', connection: 'c', ts: at(7) }
+    const link: Said = { type: 'call.connected', connection: 'c', ts: at(0) }
     const url: Said = { type: 'call.status', recording_url: 'https://r', ts: at(60) }
     expect((await rowOf(turn(1, 'a'), status, lost, ended(9), ended(9.5), presumed(), url)).ended_at).toEqual(time(9))
     expect((await rowOf(turn(1, 'a'), status, lost, presumed(), url)).ended_at).toEqual(time(8))
-    expect((await rowOf(turn(1, 'a'), lost, presumed(), url)).ended_at).toEqual(time(7))
+    expect((await rowOf(link, turn(1, 'a'), lost, presumed(), url)).ended_at).toEqual(time(7))
     expect((await rowOf(turn(1, 'a'), turn(6, 'b'), presumed())).ended_at).toEqual(time(6))
     expect((await rowOf(status)).ended_at).toEqual(time(8)) // its row is not final yet
   })
 
   test('a_disconnect_that_was_followed_by_more_is_not_the_end', async () => {
-    const link = (type: 'call.connected' | 'call.disconnected', seconds: number): Said => ({ type, ts: at(seconds) })
-    const first = [link('call.connected', 0), turn(1, 'a'), link('call.disconnected', 2)]
-    const back = [...first, link('call.connected', 3), turn(4, 'b')]
+    const up = (connection: string, seconds: number): Said => ({ type: 'call.connected', connection, ts: at(seconds) })
+    const down = (connection: string, seconds: number): Said => ({
+      ...up(connection, seconds),
+      type: 'call.disconnected',
+    })
+    const first = [up('c', 0), turn(1, 'a'), down('c', 2)]
+    const back = [...first, up('d', 3), turn(4, 'b')]
+    // A half-open connection's end, noticed when the call was back for long.
+    const half = [up('c', 0), turn(1, 'a'), up('d', 2), turn(4, 'b'), down('c', 5), turn(6, 'c')]
+    expect(await rowOf(...half, presumed())).toMatchObject({ ended_at: time(6), duration_seconds: 6 })
+    expect(await rowOf(...half, down('d', 9), presumed())).toMatchObject({ ended_at: time(9), duration_seconds: 9 })
     expect(await rowOf(...back, presumed())).toMatchObject({ ended_at: time(4), duration_seconds: 4 })
     const said = await rowOf(...back, { type: 'call.data', ts: at(6), stage: 'offer' }, presumed())
     expect(said).toMatchObject({ ended_at: time(6), duration_seconds: 6 })
@@ -462,6 +471,41 @@ describe('columns', () => {
         complete: true,
         ended_at: time(8),
       })
+    }
+  })
+
+  test('a_call_that_goes_on_after_it_was_presumed_over_is_live_again', async () => {
+    const live = { finalized_at: null, full_transcript: null, complete: null, end_reason: null, status: 'in-progress' }
+    const goesOn: Said[] = [turn(9, 'b'), { type: 'call.connected', connection: 'c', ts: at(9) }]
+    for (const next of goesOn) {
+      const call = await new Call().store(turn(1, 'a'), presumed())
+      expect(await call.row()).toMatchObject({ end_reason: 'abandoned', finalized_at: expect.any(Date) })
+      call.finalized = false // as append.lua has it then
+      clock += 10_000 // a live row is this old at most
+      await call.store(next)
+      expect(await call.row()).toMatchObject(live)
+      await call.store(presumed('disconnected'))
+      expect(await call.row()).toMatchObject({ end_reason: 'disconnected', finalized_at: expect.any(Date) })
+      expect(await rowOf(turn(1, 'a'), presumed(), next)).toMatchObject(live) // in one batch, too
+    }
+  })
+
+  test.each<[string, Said]>([
+    ['a recording', { type: 'call.status', recording_url: 'https://r', ts: at(9) }],
+    ['data', { type: 'call.data', stage: 'offer', ts: at(9) }],
+    ['an end status', { type: 'call.status', status: 'busy', ts: at(9) }],
+    ['a disconnect', { type: 'call.disconnected', connection: 'c', ts: at(9) }],
+  ])('what_only_adds_to_a_call_does_not_bring_it_back: %s', async (_what, late) => {
+    const call = await new Call().store(turn(1, 'a'), presumed())
+    await call.store(late)
+    expect(await call.row()).toMatchObject({ end_reason: 'abandoned', finalized_at: expect.any(Date) })
+  })
+
+  test('an_end_that_somebody_said_stays_whatever_comes_late', async () => {
+    for (const end of [ended(5), presumed('completed')]) {
+      const call = await new Call().store(turn(1, 'a'), end)
+      await call.store(turn(9, 'b'))
+      expect(await call.row()).toMatchObject({ turn_count: 2, finalized_at: expect.any(Date) })
     }
   })
 
@@ -599,7 +643,7 @@ describe('plans', () => {
           for (const calls of [1, 20, 500]) {
             const fill = (value: string) => `'{${Array(calls).fill(value).join()}}'`
             const sids = `'{${Array.from({ length: calls }, (_, i) => `many-${i + 1}`).join()}}'`
-            const call = `EXECUTE explained(${sids}, ${fill('now')}, ${fill('now')}, ${fill('t')})`
+            const call = `EXECUTE explained(${sids}, ${fill('now')}, ${fill('now')})`
             const { rows } = await client.query<{ 'QUERY PLAN': string }>(`EXPLAIN ${call}`)
             const plan = rows.map((row) => row['QUERY PLAN']).join('\n')
             const claim = `${statistics} statistics, ${mode}, ${calls} calls\n${plan}`

@@ -10,7 +10,7 @@ import { connect } from '../client/client.js'
 import type { Appender } from '../ingest/append.js'
 import type { Ingest } from '../ingest/ingest.js'
 import { StreamConnection } from '../ingest/stream.js'
-import { Refusal } from '../shared/events.js'
+import { type ConnectionChanged, Refusal } from '../shared/events.js'
 import { Partitions } from '../shared/keys.js'
 import { createIngestMetrics } from '../shared/metrics.js'
 import { connectRedis } from '../shared/redis.js'
@@ -477,7 +477,7 @@ describe('a connection that is bound to a call', () => {
       },
     ])
     expect(await eventsOf(redis, 'CA1')).toEqual([
-      { type: 'call.connected', call_sid: 'CA1', source: 'ingest' },
+      { type: 'call.connected', call_sid: 'CA1', source: 'ingest', connection: expect.any(String) },
       turn('CA1', 0, 'hello'),
       turn('CA1', 1, 'hello'),
       turn('CA1', 3),
@@ -496,10 +496,13 @@ describe('a connection that is bound to a call', () => {
     await wire.untilAcked(1)
     close(wire)
     await until('the disconnect is recorded', async () => (await lastType('CA1')) === 'call.disconnected')
-    expect(await eventsOf(redis, 'CA1')).toEqual([
-      { type: 'call.connected', call_sid: 'CA1', source: 'ingest' },
+    const events = await eventsOf(redis, 'CA1')
+    const { connection } = events[0] as ConnectionChanged
+    expect(connection).toMatch(/^[0-9a-f-]{36}$/)
+    expect(events).toEqual([
+      { type: 'call.connected', call_sid: 'CA1', source: 'ingest', connection },
       turn('CA1', 0),
-      { type: 'call.disconnected', call_sid: 'CA1', source: 'ingest', reason },
+      { type: 'call.disconnected', call_sid: 'CA1', source: 'ingest', connection, reason },
     ])
     const [, session] = await Promise.all([
       sleep(20),

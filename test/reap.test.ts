@@ -149,22 +149,35 @@ test('within_one_batch_neither', async () => {
   expect(await leases.reap(10)).toEqual([])
 })
 
-test('a_reaped_call_is_not_reaped_again_for_what_comes_late', async () => {
+test('a_reaped_call_is_not_reaped_again_for_what_only_adds_to_it', async () => {
   const producer = new Producer(redis, { idleTimeoutMs: 10 })
   await producer.store(turn(sid, 0))
   await reapWhenDue()
-  await producer.store(turn(sid, 1))
+  await producer.store({ type: 'call.status', call_sid: sid, recording_url: 'https://example.com/r.mp3' })
   await pause(30)
   expect(await leases.reap(10)).toEqual([])
   expect(await ends()).toHaveLength(1)
   expect(await eventsOf(redis, sid)).toHaveLength(3)
 })
 
+test.each<[string, CallEvent]>([
+  ['a turn', turn(sid, 1)],
+  ['a new connection', { type: 'call.connected', call_sid: sid, connection: 'c' }],
+])('a_reaped_call_that_goes_on_is_open_again_and_reaped_again: %s', async (_what, next) => {
+  const producer = new Producer(redis, { idleTimeoutMs: 10 })
+  await producer.store(turn(sid, 0))
+  await reapWhenDue()
+  await producer.store(next)
+  expect(await redis.client.hmget(sessionOf(redis, sid), 'ended', 'reason')).toEqual([null, null])
+  await reapWhenDue()
+  expect(await ends()).toHaveLength(2)
+})
+
 test('the_live_session_of_a_reaped_call_says_that_it_ended_and_why', async () => {
   const producer = new Producer(redis, { idleTimeoutMs: 10 })
   await producer.store(turn(sid, 0))
   await reapWhenDue()
-  expect(await redis.client.hgetall(sessionOf(redis, sid))).toMatchObject({ ended: '1', reason: 'abandoned' })
+  expect(await redis.client.hgetall(sessionOf(redis, sid))).toMatchObject({ ended: 'presumed', reason: 'abandoned' })
 })
 
 test('many_sinks_that_look_for_silent_calls_end_each_once', async () => {

@@ -170,7 +170,7 @@ test('a_call_that_turned_out_to_have_nothing_new_is_left_alone_when_given_back',
 
 test('a_finalized_call_moves_from_open_to_ended', async () => {
   const other = 'CA2'
-  await producer.store(turn(sid, 0), turn(other, 0))
+  await producer.store({ type: 'call.ended', call_sid: sid }, turn(other, 0))
   const taken = await readAll(redis.client, await leaseAll(leases, redis), LIMITS)
   const started = Date.now()
   await leases.settle(taken.map((each) => committed(each, 1, each.lease.callSid === sid)))
@@ -188,6 +188,30 @@ test('late_events_of_a_finalized_call_are_leased_as_such_and_do_not_open_it_agai
   expect(late.lease).toMatchObject({ finalized: true, waiting: 1, read: 2 })
   await leases.settle([committed(late, 1, true)])
   expect(Object.keys(await placesOf(redis, sid))).toEqual(['ended'])
+})
+
+test('a_call_that_came_back_while_its_presumed_end_was_being_committed_stays_open', async () => {
+  const impatient = new Producer(redis, { idleTimeoutMs: 1 })
+  await impatient.store(turn(sid, 0))
+  await until('it is presumed over', async () => (await leases.reap(1)).length > 0)
+  const end = await take(leases, redis)
+  await producer.store(turn(sid, 1))
+  await leases.settle([committed(end, 2, true)])
+  expect(Object.keys(await placesOf(redis, sid))).toEqual(['ready', 'open'])
+  const { lease } = await take(leases, redis)
+  expect(lease).toMatchObject({ finalized: false, waiting: 1 })
+})
+
+test('a_call_that_comes_back_after_its_presumed_end_was_committed_is_open_again', async () => {
+  const impatient = new Producer(redis, { idleTimeoutMs: 1 })
+  await impatient.store(turn(sid, 0))
+  await until('it is presumed over', async () => (await leases.reap(1)).length > 0)
+  await leases.settle([committed(await take(leases, redis), 2, true)])
+  expect(Object.keys(await placesOf(redis, sid))).toEqual(['ended'])
+  await producer.store({ type: 'call.status', call_sid: sid, recording_url: 'https://r' })
+  expect(Object.keys(await placesOf(redis, sid))).toEqual(['ready', 'ended'])
+  await producer.store(turn(sid, 1))
+  expect(Object.keys(await placesOf(redis, sid))).toEqual(['ready', 'open'])
 })
 
 test('keys_that_are_gone_or_of_another_type_keep_no_other_call_from_being_settled', async () => {

@@ -97,12 +97,12 @@ export async function appendBatch(store: Store, producer: string, batch: number,
   const { client, partitions } = store
   const used = [...new Set(calls.map(({ sid }) => partitions.of(sid)))]
   const keys = [partitions.at(0).producerPrefix + producer, lanesOf(client, partitions)[0]!.wake]
-  for (const p of used) keys.push(p.ready, p.leased, p.open)
+  for (const p of used) keys.push(p.ready, p.leased, p.open, p.ended)
   const args: (string | number)[] = [batch, known, 60_000, 10_000, used.length]
   for (const { sid, events, session = [] } of calls) {
     keys.push(streamOf(store, sid), sessionOf(store, sid))
     const bytes = events.reduce((sum, event) => sum + event.length, 0)
-    args.push(sid, used.indexOf(partitions.of(sid)) + 1, bytes, events.length, ...events)
+    args.push(sid, used.indexOf(partitions.of(sid)) + 1, bytes, 1, events.length, ...events)
     args.push(session.length, ...session)
   }
   return (await appendScript.run(client, keys, args)) as [index: number, error: string][]
