@@ -51,6 +51,8 @@ const schema = z.object({
   MAX_MESSAGE_BYTES: number(1024, 64 * 1024 * 1024).default(1024 * 1024),
   MAX_BODY_BYTES: number(1024, 512 * 1024 * 1024).default(16 * 1024 * 1024),
   MAX_QUEUE_BYTES: number(1024 * 1024, 64 * 1024 * 1024 * 1024).default(256 * 1024 * 1024),
+  SPOOL_DIR: z.string().min(1).optional(),
+  SPOOL_MAX_BYTES: number(1024 * 1024, 1024 ** 4).default(1024 ** 3),
   IDLE_TIMEOUT: number(1, 30 * 24 * 3600).default(1800),
   DISCONNECT_GRACE: number(0, 24 * 3600).default(15),
   SINK_METRICS_HOST: z.string().min(1).default('127.0.0.1'),
@@ -59,6 +61,8 @@ const schema = z.object({
   BATCH_MAX_ROWS: number(1, 100_000).default(5000),
   BATCH_MAX_BYTES: number(1024, 1024 * 1024 * 1024).default(8 * 1024 * 1024),
   LEASE_SECONDS: number(1, 3600).default(15),
+  MAX_DELIVERIES: number(1, 1000).default(3),
+  DATABASE_TIMEOUT: number(1, 3600).default(60),
   CRASH_AT: crash.optional(),
   LOG_LEVEL: z.enum(['trace', 'debug', 'info', 'warn', 'error', 'fatal', 'silent']).default('info'),
 })

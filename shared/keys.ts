@@ -50,6 +50,15 @@ function partitionKeys(partition: number): PartitionKeys {
   }
 }
 
+/** SCAN's pattern for the streams of all calls. */
+export const STREAM_PATTERN = 'ct:{*}:call:*'
+
+/** @returns whose stream a key is; undefined when it is no call's */
+export function parseStreamKey(key: string): { callSid: string; partition: PartitionKeys } | undefined {
+  const [, partition, callSid] = /^ct:\{(0|[1-9]\d{0,3})\}:call:(.+)$/s.exec(key) ?? []
+  return callSid === undefined ? undefined : { callSid, partition: partitionKeys(Number(partition)) }
+}
+
 /** FNV-1a over the characters (a call_sid is ASCII), then murmur3's finalizer: FNV's low bits alone are uneven. */
 export function hash(callSid: string): number {
   let h = 0x811c9dc5

@@ -52,6 +52,33 @@ export function createIngestMetrics() {
       help: 'Appends that failed and were sent again',
       registers,
     }),
+    spoolBytes: new Gauge({ name: 'calltape_ingest_spool_bytes', help: 'Bytes in the spool', registers }),
+    spoolEvents: new Gauge({
+      name: 'calltape_ingest_spool_events',
+      help: 'Events in the spool; those that an earlier process left count once they are read',
+      registers,
+    }),
+    spooled: new Counter({
+      name: 'calltape_ingest_spooled_events_total',
+      help: 'Events that went to the disk because Redis did not take them',
+      registers,
+    }),
+    spoolReplayed: new Counter({
+      name: 'calltape_ingest_spool_replayed_events_total',
+      help: 'Events of the spool that Redis has stored',
+      registers,
+    }),
+    spoolDamaged: new Counter({
+      name: 'calltape_ingest_spool_damaged_records_total',
+      help: 'Records of the spool that were changed on the disk, and are lost',
+      registers,
+    }),
+    spoolFailures: new Counter({
+      name: 'calltape_ingest_spool_failures_total',
+      help: 'What the spool could not do: it was full, the disk failed, or another process took it over',
+      labelNames: ['reason'],
+      registers,
+    }),
   }
 }
 
@@ -90,7 +117,23 @@ export function createSinkMetrics() {
     }),
     retries: new Counter({
       name: 'calltape_sink_retries_total',
-      help: 'Batches that failed and were tried again',
+      help: 'Batches that failed and are tried again: redis (it failed), retry (PostgreSQL is away), stop (an operator has to mend something), unclear',
+      labelNames: ['class'],
+      registers,
+    }),
+    lostEntries: new Counter({
+      name: 'calltape_sink_lost_entries_total',
+      help: 'Entries that were removed from their streams before they were committed',
+      registers,
+    }),
+    lostStreams: new Counter({
+      name: 'calltape_sink_lost_streams_total',
+      help: 'Streams that were removed although entries in them were not committed',
+      registers,
+    }),
+    strays: new Counter({
+      name: 'calltape_sink_strays_total',
+      help: 'Live calls that Redis had forgotten, and that were ended',
       registers,
     }),
     reclaimed: new Counter({ name: 'calltape_sink_reclaimed_total', help: 'Lapsed leases taken over', registers }),

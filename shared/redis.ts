@@ -32,6 +32,8 @@ export async function connectRedis(url: string, log: Logger): Promise<RedisClien
     enableOfflineQueue: false,
     lazyConnect: true,
     socketTimeout: SILENCE_MS,
+    // After a failover the old primary may live on as a replica. Connecting again leads to the new one.
+    reconnectOnError: (error: Error) => error.message.startsWith('READONLY'),
     protocol: 2 as const,
   }
   const retry = (times: number) => Math.min(50 * 2 ** Math.min(times, 6), 2000) * (0.5 + Math.random() / 2)
@@ -84,6 +86,28 @@ async function checkServer(client: RedisClient): Promise<void> {
     throw new OperatorError(
       `REDIS_URL: Redis ${major}.${minor} is too old, calltape needs ${MIN_VERSION.join('.')} or newer`,
     )
+  }
+}
+
+/** Says what could make this Redis lose events: that it may evict keys, or keeps nothing on disk. */
+export async function warnOfLoss(client: RedisClient, log: Logger): Promise<void> {
+  const nodes = client instanceof Cluster ? client.nodes('master') : [client]
+  for (const node of nodes) {
+    const info = `${await node.info('memory')}${await node.info('persistence')}`
+    const where = `${node.options.host}:${node.options.port}`
+    const policy = /maxmemory_policy:(\S+)/.exec(info)?.[1]
+    if (policy !== undefined && policy !== 'noeviction') {
+      log.warn(
+        { redis: where, policy },
+        'Redis may evict calls that are not in PostgreSQL yet: set maxmemory-policy noeviction',
+      )
+    }
+    if (/aof_enabled:0/.test(info)) {
+      log.warn(
+        { redis: where },
+        'Redis keeps no append-only file, a restart loses what is not in PostgreSQL: set appendonly yes',
+      )
+    }
   }
 }
 

@@ -71,6 +71,8 @@ export interface Batch<Rows extends TurnRows = TurnRows> {
   settlements: Settlement[]
   /** When its oldest entry arrived, epoch ms. */
   oldestMs: number
+  /** Ids in quarantined_events of entries that are stored with it: they leave the quarantine in the same transaction. */
+  release?: string[]
 }
 
 export function emptyBatch<Rows extends TurnRows>(turns: Rows): Batch<Rows> {

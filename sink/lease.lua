@@ -8,13 +8,16 @@
 --       then for each partition: stream key prefix, session key prefix
 -- Reply {deadline of these leases (ms; the token to settle with),
 --        {partition index from 1, call_sid, cursor (last entry committed), entries waiting,
---         entries read so far (-1: Redis cannot say), 1 if the call was finalized before, times its lease has lapsed,
---         when its oldest waiting entry arrived (ms), bytes an entry has on average} for each call,
---        {indexes of partitions that may have more ready calls}}
+--         entries read so far (-1: Redis cannot say), 1 if the call was finalized before, its lapses (deliveries that came
+--         to nothing), when its oldest waiting entry arrived (ms), bytes an entry has on average,
+--         the entry that was being tried alone when the last lease of it lapsed, '' for none} for each call,
+--        {indexes of partitions that may have more ready calls},
+--        {call_sid of ready calls whose stream is gone, with all that waited in it}}
+-- A call with lapses is leased by itself, so that whatever it does to its sink it does not do to its neighbours.
 local time = redis.call('TIME')
 local deadline = time[1] * 1000 + math.floor(time[2] / 1000) + tonumber(ARGV[4])
 local calls_left, entries_left, bytes_left = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
-local leases, more = {}, {}
+local leases, more, gone = {}, {}, {}
 
 -- Progress of group `sink`: cursor, entries read, entries waiting. A lost group is made again from the start: rows are
 -- idempotent, so reading a call twice is safe and skipping is not. Nil when there is no such stream.
@@ -44,20 +47,27 @@ for p = 1, #KEYS / 3 do
     local popped = redis.call('ZPOPMIN', ready)
     local sid = popped[1]
     if not sid then break end
-    local stream = ARGV[3 + 2 * p] .. sid
-    local cursor, read, waiting = progress(stream)
-    if cursor then
-      local session = redis.pcall('HMGET', ARGV[4 + 2 * p] .. sid, 'bytes', 'lapses')
-      redis.call('ZADD', leased, deadline, sid)
-      local bytes_an_entry = math.ceil(tonumber(session[1] or 0) / math.max(1, read + waiting))
-      leases[#leases + 1] = {
-        p, sid, cursor, waiting, read, redis.call('ZSCORE', ended, sid) and 1 or 0, tonumber(session[2] or 0), popped[2],
-        bytes_an_entry,
-      }
-      calls_left = calls_left - 1
-      entries_left = entries_left - waiting
-      bytes_left = bytes_left - waiting * bytes_an_entry
+    local session = redis.pcall('HMGET', ARGV[4 + 2 * p] .. sid, 'bytes', 'lapses', 'alone')
+    local lapses = tonumber(session[2] or 0)
+    if lapses > 0 and #leases > 0 then
+      redis.call('ZADD', ready, popped[2], sid)
+      calls_left = 0
+    else
+      local cursor, read, waiting = progress(ARGV[3 + 2 * p] .. sid)
+      if cursor then
+        redis.call('ZADD', leased, deadline, sid)
+        local bytes_an_entry = math.ceil(tonumber(session[1] or 0) / math.max(1, read + waiting))
+        leases[#leases + 1] = {
+          p, sid, cursor, waiting, read, redis.call('ZSCORE', ended, sid) and 1 or 0, lapses, popped[2], bytes_an_entry,
+          session[3] or '',
+        }
+        calls_left = lapses > 0 and 0 or calls_left - 1
+        entries_left = entries_left - waiting
+        bytes_left = bytes_left - waiting * bytes_an_entry
+      else
+        gone[#gone + 1] = sid
+      end
     end
   end
 end
-return { deadline, leases, more }
+return { deadline, leases, more, gone }

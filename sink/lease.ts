@@ -1,17 +1,20 @@
-/** The scripts that share calls out among sinks: lease, settle, reclaim, reap. See the .lua files for what each must hold. */
+/** The scripts that share calls out among sinks: lease, prolong, settle, reclaim, reap. See the .lua files for what each must hold. */
 import type { PartitionKeys, Partitions } from '../shared/keys.js'
 import { type Lane, lanesOf, type RedisClient, Script } from '../shared/redis.js'
 
 const leaseScript = new Script('sink/lease.lua')
+const prolongScript = new Script('sink/prolong.lua')
+const isolateScript = new Script('sink/isolate.lua')
 const settleScript = new Script('sink/settle.lua')
 const reclaimScript = new Script('sink/reclaim.lua')
 const reapScript = new Script('sink/reap.lua')
+const endScript = new Script('sink/end.lua')
 
 /** A call that this sink alone may work on until `deadline`. */
 export interface Lease {
   callSid: string
   partition: PartitionKeys
-  /** Redis' clock, epoch ms; also the token that proves the lease. */
+  /** Redis' clock, epoch ms; also the token that proves the lease. `prolong` moves it. */
   deadline: number
   /** The last entry committed to PostgreSQL. */
   cursor: string
@@ -21,8 +24,10 @@ export interface Lease {
   read: number
   /** It was finalized before; what comes now is late. */
   finalized: boolean
-  /** How many times a lease of it has lapsed without progress. */
+  /** How many deliveries in a row came to nothing: its sink died or hung, or the batch failed for an unclear reason. */
   lapses: number
+  /** The entry that was being tried alone when it came to nothing the last time. */
+  alone?: string | undefined
   /** When its oldest waiting entry arrived, epoch ms. */
   oldestMs: number
   /** What an entry of this call has on average. */
@@ -37,6 +42,17 @@ export interface Settlement {
   /** How many entries were read. */
   count: number
   finalized: boolean
+  /** It is given back because it came to nothing, and perhaps that was its own doing. */
+  lapsed?: boolean
+}
+
+export interface Settled {
+  /** How many leases had lapsed. */
+  lapsed: number
+  /** The numbers of partitions with calls that are ready again. */
+  again: number[]
+  /** Entries that somebody trimmed away before they were committed. */
+  lost: { callSid: string; entries: number }[]
 }
 
 export interface LeaseLimits {
@@ -72,9 +88,13 @@ export class Leases {
 
   /**
    * @param hints numbers of the partitions to look into
-   * @returns what was leased, and the numbers of partitions that may have more
+   * @returns what was leased, the numbers of partitions that may have more, and calls whose stream is gone although
+   *   something waited in it
    */
-  async lease(hints: Iterable<number>, limits: LeaseLimits): Promise<{ leases: Lease[]; more: number[] }> {
+  async lease(
+    hints: Iterable<number>,
+    limits: LeaseLimits,
+  ): Promise<{ leases: Lease[]; more: number[]; gone: string[] }> {
     const asked = this.byLane([...hints].map((p) => this.partitions.at(p)))
     const share = (limit: number) => Math.ceil(limit / asked.size)
     const answers = await Promise.all(
@@ -86,32 +106,72 @@ export class Leases {
         return readLeases(reply as LeaseReply, partitions)
       }),
     )
-    return { leases: answers.flatMap((a) => a.leases), more: answers.flatMap((a) => a.more) }
-  }
-
-  /** @returns how many leases had lapsed, and the numbers of partitions with calls that are ready again */
-  async settle(settlements: Settlement[]): Promise<{ lapsed: number; again: number[] }> {
-    const groups = new Map<string, Settlement[]>()
-    for (const settlement of settlements) {
-      const { partition, deadline } = settlement.lease
-      addTo(groups, `${deadline} ${this.laneOf.get(partition)?.wake}`, settlement)
+    return {
+      leases: answers.flatMap((a) => a.leases),
+      more: answers.flatMap((a) => a.more),
+      gone: answers.flatMap((a) => a.gone),
     }
-    const replies = await Promise.all([...groups.values()].map((group) => this.settleTogether(group)))
-    return { lapsed: replies.reduce((sum, r) => sum + r[0], 0), again: replies.flatMap((r) => r[1]) }
   }
 
-  private async settleTogether(group: Settlement[]): Promise<[number, number[]]> {
+  /** Gives leases that are still held their full time again. Not to be run while they are being settled. */
+  async prolong(leases: Iterable<Lease>): Promise<void> {
+    const groups = new Map<string, Lease[]>()
+    for (const lease of leases) addTo(groups, this.tokenOf(lease), lease)
+    await Promise.all(
+      [...groups.values()].map(async (group) => {
+        const keys = group.map((lease) => lease.partition.leased)
+        const args = [group[0]!.deadline, this.leaseMs, ...group.map((lease) => lease.callSid)]
+        const deadline = (await prolongScript.run(this.client, keys, args)) as number
+        for (const lease of group) lease.deadline = deadline
+      }),
+    )
+  }
+
+  /**
+   * Before `entryId` is tried alone.
+   *
+   * @param last the last entry committed
+   * @param read how many entries were read up to there; -1: unknown
+   * @returns false when the lease had lapsed
+   */
+  async isolate(
+    { partition, callSid, deadline }: Lease,
+    last: string,
+    read: number,
+    entryId: string,
+  ): Promise<boolean> {
+    const keys = [partition.leased, partition.streamPrefix + callSid, partition.sessionPrefix + callSid]
+    return (await isolateScript.run(this.client, keys, [deadline, callSid, last, read, entryId])) === 1
+  }
+
+  async settle(settlements: Settlement[]): Promise<Settled> {
+    const groups = new Map<string, Settlement[]>()
+    for (const settlement of settlements) addTo(groups, this.tokenOf(settlement.lease), settlement)
+    const replies = await Promise.all([...groups.values()].map((group) => this.settleTogether(group)))
+    return {
+      lapsed: replies.reduce((sum, r) => sum + r[0], 0),
+      again: replies.flatMap((r) => r[1]),
+      lost: replies.flatMap((r) => r[2]).map(([callSid, entries]) => ({ callSid, entries })),
+    }
+  }
+
+  /** Leases of one lane that were taken together share their deadline. */
+  private tokenOf({ deadline, partition }: Lease): string {
+    return `${deadline} ${this.laneOf.get(partition)?.wake}`
+  }
+
+  private async settleTogether(group: Settlement[]): Promise<[number, number[], [string, number][]]> {
     const first = group[0]!.lease
     const keys = [this.laneOf.get(first.partition)!.wake]
     const args: (string | number)[] = [first.deadline]
-    for (const { lease, last, count, finalized } of group) {
+    for (const { lease, last, count, finalized, lapsed } of group) {
       const p = lease.partition
       keys.push(p.ready, p.leased, p.open, p.ended, p.streamPrefix + lease.callSid, p.sessionPrefix + lease.callSid)
       const read = lease.read < 0 ? -1 : lease.read + count
       const forget = last !== undefined && lease.lapses > 0
-      args.push(lease.callSid, last ?? lease.cursor, read, finalized ? 1 : 0, forget ? 1 : 0)
+      args.push(lease.callSid, last ?? lease.cursor, read, finalized ? 1 : 0, forget ? 1 : lapsed ? 2 : 0)
     }
-    return (await settleScript.run(this.client, keys, args)) as [number, number[]]
+    return (await settleScript.run(this.client, keys, args)) as [number, number[], [string, number][]]
   }
 
   /** @returns the calls whose lapsed leases are open to all sinks again */
@@ -120,7 +180,7 @@ export class Leases {
       reclaimScript,
       most,
       (p) => [p.ready, p.leased],
-      (p) => [p.sessionPrefix],
+      (p) => [p.streamPrefix, p.sessionPrefix],
     )
   }
 
@@ -132,6 +192,14 @@ export class Leases {
       (p) => [p.ready, p.leased, p.open],
       (p) => [p.streamPrefix, p.sessionPrefix],
     )
+  }
+
+  /** @returns true when Redis knew nothing of the call, and it has got its `call.ended` */
+  async end(callSid: string): Promise<boolean> {
+    const p = this.partitions.of(callSid)
+    const lists = [p.ready, p.leased, p.open, p.ended]
+    const keys = [this.laneOf.get(p)!.wake, ...lists, p.streamPrefix + callSid, p.sessionPrefix + callSid]
+    return (await endScript.run(this.client, keys, [callSid, p.partition])) === 1
   }
 
   private async onEachLane(
@@ -185,16 +253,17 @@ function addTo<K, V>(groups: Map<K, V[]>, key: K, value: V): void {
 
 type LeaseReply = [
   deadline: number,
-  leases: [number, string, string, number, number, 0 | 1, number, string, number][],
+  leases: [number, string, string, number, number, 0 | 1, number, string, number, string][],
   more: number[],
+  gone: string[],
 ]
 
 function readLeases(
-  [deadline, rows, more]: LeaseReply,
+  [deadline, rows, more, gone]: LeaseReply,
   partitions: PartitionKeys[],
-): { leases: Lease[]; more: number[] } {
+): { leases: Lease[]; more: number[]; gone: string[] } {
   return {
-    leases: rows.map(([index, callSid, cursor, waiting, read, finalized, lapses, oldest, bytesAnEntry]) => ({
+    leases: rows.map(([index, callSid, cursor, waiting, read, finalized, lapses, oldest, bytesAnEntry, alone]) => ({
       callSid,
       partition: partitions[index - 1]!,
       deadline,
@@ -205,7 +274,9 @@ function readLeases(
       lapses,
       oldestMs: Number(oldest),
       bytesAnEntry,
+      alone: alone || undefined,
     })),
     more: more.map((index) => partitions[index - 1]!.partition),
+    gone,
   }
 }

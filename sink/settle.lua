@@ -10,40 +10,58 @@
 --                           last entry committed (the cursor as it was: the call is only given back)
 --                           entries read by the group up to there (-1: unknown)
 --                           1 if the call is finalized, else 0
---                           1 if its lapses are to be forgotten, else 0
--- Reply {number of leases that had lapsed, {partition numbers with calls that are ready again}}
+--                           1 if its lapses are to be forgotten, 2 if this delivery was one more, else 0
+-- Reply {number of leases that had lapsed, {partition numbers with calls that are ready again},
+--        {call_sid, entries that were added behind the cursor and are gone: lost} for each call with any}
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local lapsed, again, woken = 0, {}, {}
+local lapsed, again, woken, lost = 0, {}, {}, {}
+
+-- The first entry behind `last`, or how many were added in all when there is none.
+local function look_behind(stream, last)
+  local stream_info = redis.pcall('XINFO', 'STREAM', stream)
+  if stream_info.err then return end
+  local info = {}
+  for i = 1, #stream_info, 2 do info[stream_info[i]] = stream_info[i + 1] end
+  local news = info['last-generated-id'] ~= last and redis.call('XRANGE', stream, '(' .. last, '+', 'COUNT', 1)[1]
+  if news then return news[1] end
+  return nil, info['entries-added']
+end
 
 for c = 0, (#KEYS - 1) / 6 - 1 do
   local k, a = 2 + 6 * c, 2 + 5 * c
   local ready, leased, open, ended, stream = KEYS[k], KEYS[k + 1], KEYS[k + 2], KEYS[k + 3], KEYS[k + 4]
-  local sid, last, read = ARGV[a], ARGV[a + 1], ARGV[a + 2]
+  local sid, last, read, lapses = ARGV[a], ARGV[a + 1], ARGV[a + 2], ARGV[a + 4]
   if redis.call('ZSCORE', leased, sid) ~= ARGV[1] then
     lapsed = lapsed + 1
   else
     redis.call('ZREM', leased, sid)
+    local news, added = look_behind(stream, last)
+    if added then
+      -- Nothing waits, so all that was added was read. If it was not, somebody has trimmed away what nobody had read.
+      if read ~= '-1' and added > tonumber(read) then lost[#lost + 1] = { sid, added - tonumber(read) } end
+      read = added
+    end
     if read == '-1' then
       redis.pcall('XGROUP', 'SETID', stream, 'sink', last)
     else
       redis.pcall('XGROUP', 'SETID', stream, 'sink', last, 'ENTRIESREAD', read)
     end
-    if ARGV[a + 4] == '1' then redis.pcall('HDEL', KEYS[k + 5], 'lapses') end
+    if lapses == '1' then redis.pcall('HDEL', KEYS[k + 5], 'lapses', 'alone') end
+    if lapses == '2' then redis.pcall('HINCRBY', KEYS[k + 5], 'lapses', 1) end
     -- A call that was presumed over may have come back meanwhile.
     if ARGV[a + 3] == '1' and not (redis.call('ZSCORE', open, sid) and not redis.pcall('HGET', KEYS[k + 5], 'ended')) then
       redis.call('ZREM', open, sid)
       redis.call('ZADD', ended, now, sid)
     end
-    local news = redis.pcall('XRANGE', stream, '(' .. last, '+', 'COUNT', 1)
-    if news[1] then
+    if news then
       local partition = string.match(ready, '{(%d+)}')
       -- The entry's own time, so that the age of the oldest entry waiting stays exact.
-      redis.call('ZADD', ready, string.match(news[1][1], '^%d+'), sid)
+      redis.call('ZADD', ready, string.match(news, '^%d+'), sid)
       if redis.call('ZCARD', ready) == 1 then woken[#woken + 1] = partition end
       again[#again + 1] = tonumber(partition)
     end
   end
 end
 if #woken > 0 then redis.call('SPUBLISH', KEYS[1], table.concat(woken, ',')) end
-return { lapsed, again }
+return { lapsed, again, lost }

@@ -1,16 +1,19 @@
-/** The sink process: workers, and what has to be done now and then (reclaim, reap, measure the lag). */
-import { createServer, type Server } from 'node:http'
+/** The sink process: workers, what has to be done now and then (reclaim, reap), and what it tells of itself over HTTP. */
 import { setTimeout as sleep } from 'node:timers/promises'
-import { type Config, OperatorError } from '../shared/config.js'
+import type { Config } from '../shared/config.js'
 import type { Logger } from '../shared/log.js'
 import { createSinkMetrics } from '../shared/metrics.js'
 import { createPool, type Pool, reasonOf } from '../shared/postgres.js'
-import { connectRedis, openPartitions, type RedisClient } from '../shared/redis.js'
+import { connectRedis, openPartitions, type RedisClient, warnOfLoss } from '../shared/redis.js'
 import { requireReachable, requireSchema } from '../shared/schema.js'
+import { askWritable, Gate } from './gate.js'
+import { serveHealth } from './health.js'
 import { Leases } from './lease.js'
+import { Progress } from './progress.js'
+import { endStrays } from './strays.js'
 import { Wake } from './wake.js'
-import { Progress, Worker, type WorkerContext } from './worker.js'
-import { WRITE_SETTINGS } from './write.js'
+import { Worker, type WorkerContext } from './worker.js'
+import { writeSettings } from './write.js'
 
 export interface Sink {
   /** http://host:port of /metrics, /healthz and /readyz */
@@ -23,16 +26,20 @@ export interface Sink {
 const TEND_MS = 1000
 const TEND_MOST_CALLS = 500
 const LEASE_MOST_CALLS = 500
+/** How often PostgreSQL is searched for live calls that Redis has forgotten. */
+const STRAYS_MS = 60_000
 const UNREADY_AFTER_MS = 5000
-const POSTGRES_TIMEOUT_MS = 2000
 /** For the batches in hand, when the sink is to stop. */
 const STOP_TIMEOUT_MS = 7000
 
 /** @throws OperatorError when Redis or PostgreSQL cannot be used, or the schema does not fit */
 export async function startSink(config: Config, log: Logger): Promise<Sink> {
   const onError = (error: Error) => log.warn({ err: error.message }, 'postgres connection')
-  // A connection for each worker, and one that readiness asks whether PostgreSQL is there.
-  const pool = createPool(config.DATABASE_URL, 'sink', config.SINK_WORKERS + 1, onError, WRITE_SETTINGS)
+  const leaseMs = config.LEASE_SECONDS * 1000
+  const writeTimeoutMs = config.DATABASE_TIMEOUT * 1000
+  // A connection for each worker, and one to ask whether PostgreSQL is there.
+  const settings = writeSettings(writeTimeoutMs, leaseMs)
+  const pool = createPool(config.DATABASE_URL, 'sink', config.SINK_WORKERS + 1, onError, settings)
   const clients: RedisClient[] = []
   const connect = async () => {
     const client = await connectRedis(config.REDIS_URL, log)
@@ -49,7 +56,7 @@ export async function startSink(config: Config, log: Logger): Promise<Sink> {
     await requireReachable(pool, config.DATABASE_URL)
     await requireSchema(pool)
     const partitions = await openPartitions(redis, config.PARTITIONS)
-    const leaseMs = config.LEASE_SECONDS * 1000
+    await warnOfLoss(redis, log)
     const leases = new Leases(redis, partitions, leaseMs)
     const wake = new Wake(config.PARTITIONS)
     subscriber.on('smessage', (_channel: string, message: string) => wake.add(message.split(',').map(Number)))
@@ -66,18 +73,31 @@ export async function startSink(config: Config, log: Logger): Promise<Sink> {
       metrics.lagSeconds.set(lagMs / 1000)
       return metrics.registry.metrics()
     }
+    const gate = new Gate(() => askWritable(pool), log, stopped.signal)
     const unready = async () => {
       if (stopped.signal.aborted) return 'stopping'
       if (redis.status !== 'ready') return `Redis: ${redis.status}`
+      if (gate.reason && (await leases.backlog()).lagMs === 0) gate.idle()
+      if (gate.reason) return `PostgreSQL: ${gate.reason}`
       return progress.stalled(UNREADY_AFTER_MS) ?? (await postgresFailure(pool))
     }
-    const server = await serve(config, metrics.registry.contentType, observe, unready)
+    const server = await serveHealth(config, metrics.registry.contentType, observe, unready)
 
     const limits = { calls: LEASE_MOST_CALLS, entries: config.BATCH_MAX_ROWS, bytes: config.BATCH_MAX_BYTES, leaseMs }
-    const context: WorkerContext = { redis, pool, leases, wake, limits, metrics, log, progress }
+    const maxDeliveries = config.MAX_DELIVERIES
+    const stores = { redis, pool, leases, limits, maxDeliveries, writeTimeoutMs, metrics }
+    const context: WorkerContext = { ...stores, wake, gate, progress, log }
     const workers = Array.from({ length: config.SINK_WORKERS }, () => new Worker(context))
     const running = workers.map((worker) => worker.run())
-    const tending = tend(context, stopped.signal)
+    const tending = [
+      repeat('tending', TEND_MS, context, stopped.signal, async () => {
+        await openPartitions(redis, config.PARTITIONS) // a Redis that was flushed does not know the count any more
+        await tend(context)
+      }),
+      repeat('looking for strays', STRAYS_MS, context, stopped.signal, () =>
+        endStrays(context, config.IDLE_TIMEOUT * 1000),
+      ),
+    ]
     const { port } = server.address() as { port: number }
     const url = `http://${config.SINK_METRICS_HOST}:${port}`
     log.info({ url, workers: workers.length, partitions: config.PARTITIONS }, 'sink runs')
@@ -87,7 +107,7 @@ export async function startSink(config: Config, log: Logger): Promise<Sink> {
         stopped.abort()
         for (const worker of workers) worker.stop()
         wake.ring()
-        const finished = Promise.all([...running, tending]).then(() => true)
+        const finished = Promise.all([...running, ...tending]).then(() => true)
         const isFinished = await Promise.race([finished, sleep(STOP_TIMEOUT_MS, false, { ref: false })])
         server.close()
         server.closeAllConnections()
@@ -104,57 +124,39 @@ export async function startSink(config: Config, log: Logger): Promise<Sink> {
   }
 }
 
-async function tend({ leases, wake, metrics, log, progress }: WorkerContext, signal: AbortSignal): Promise<void> {
+async function tend({ leases, wake, metrics, log }: WorkerContext): Promise<void> {
+  const reclaimed = await leases.reclaim(TEND_MOST_CALLS)
+  if (reclaimed.length > 0) log.warn({ calls: reclaimed.length }, 'took over calls whose lease had lapsed')
+  metrics.reclaimed.inc(reclaimed.length)
+  const reaped = await leases.reap(TEND_MOST_CALLS)
+  metrics.reaped.inc(reaped.length)
+  wake.all()
+}
+
+/** Again and again until the sink stops; what fails is tried again the next time. */
+async function repeat(
+  what: string,
+  everyMs: number,
+  { log }: WorkerContext,
+  signal: AbortSignal,
+  work: () => Promise<void>,
+): Promise<void> {
   while (!signal.aborted) {
     try {
-      const reclaimed = await leases.reclaim(TEND_MOST_CALLS)
-      if (reclaimed.length > 0) log.warn({ calls: reclaimed.length }, 'took over calls whose lease had lapsed')
-      metrics.reclaimed.inc(reclaimed.length)
-      const reaped = await leases.reap(TEND_MOST_CALLS)
-      metrics.reaped.inc(reaped.length)
+      await work()
     } catch (error) {
-      progress.failed(error as Error)
-      log.warn({ err: (error as Error).message }, 'tending failed, will retry')
+      log.warn({ err: (error as Error).message }, `${what} failed, will retry`)
     }
-    wake.all()
-    await sleep(TEND_MS * (0.75 + Math.random() / 2), undefined, { signal }).catch(() => undefined) // aborted: the loop ends
+    await sleep(everyMs * (0.75 + Math.random() / 2), undefined, { signal }).catch(() => undefined) // aborted: the loop ends
   }
 }
 
 /** An idle sink learns of a PostgreSQL that is gone only by asking. */
 async function postgresFailure(pool: Pool): Promise<string | undefined> {
-  const late = sleep(POSTGRES_TIMEOUT_MS, `it does not answer within ${POSTGRES_TIMEOUT_MS} ms`, { ref: false })
-  const asked = pool.query('SELECT 1').then(
-    () => undefined,
-    (error: Error) => reasonOf(error),
-  )
-  const failure = await Promise.race([asked, late])
-  return failure && `PostgreSQL: ${failure}`
-}
-
-function serve(
-  config: Config,
-  contentType: string,
-  observe: () => Promise<string>,
-  unready: () => Promise<string | undefined>,
-): Promise<Server> {
-  const server = createServer((request, response) => {
-    const send = (status: number, body: string, type = 'text/plain; charset=utf-8') =>
-      response.writeHead(status, { 'Content-Type': type }).end(body)
-    if (request.url === '/healthz') send(200, 'ok\n')
-    else if (request.url === '/readyz') unready().then((why) => send(why ? 503 : 200, `${why ?? 'ready'}\n`))
-    else if (request.url === '/metrics') {
-      observe().then(
-        (text) => send(200, text, contentType),
-        (error: Error) => send(503, `${error.message}\n`),
-      )
-    } else send(404, 'there is /metrics, /healthz and /readyz\n')
-  })
-  return new Promise((resolve, reject) => {
-    server.once('error', (error) => {
-      const where = `${config.SINK_METRICS_HOST}:${config.SINK_METRICS_PORT}`
-      reject(new OperatorError(`SINK_METRICS_PORT: cannot listen on ${where}: ${error.message}`))
-    })
-    server.listen(config.SINK_METRICS_PORT, config.SINK_METRICS_HOST, () => resolve(server))
-  })
+  try {
+    await askWritable(pool)
+    return undefined
+  } catch (error) {
+    return `PostgreSQL: ${reasonOf(error as Error)}`
+  }
 }

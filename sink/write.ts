@@ -12,13 +12,33 @@ import { readPackageFile } from '../shared/package-root.js'
 import { type Pool, type PoolClient, sqlState } from '../shared/postgres.js'
 import { type EncodedTurns, TURN_COLUMNS } from './copy.js'
 import { type Batch, type CallRow, type EventRow, entryMs, type QuarantineRow, storable } from './decode.js'
+import { verdictOn, WriteTimeout } from './verdict.js'
 
 /**
  * All statements here find their rows by primary key, however many rows there are. So one plan each, made once, serves: planning
  * the fold costs more than running it for a single call (1.0 against 0.3 ms). What was planned while the tables were small
  * must not scan them when they are large, hence no seqscan; compiling a plan (jit) takes longer than running it, too.
  */
-export const WRITE_SETTINGS = { plan_cache_mode: 'force_generic_plan', enable_seqscan: 'off', jit: 'off' }
+const PLAN_SETTINGS = { plan_cache_mode: 'force_generic_plan', enable_seqscan: 'off', jit: 'off' }
+
+/**
+ * A sink that dies without a word (its machine, its network) must not hold its locks for the two hours of TCP's keepalive: another
+ * sink that has taken over its calls waits for them.
+ *
+ * @param timeoutMs for one statement @param leaseMs how long a sink is waited for that does nothing
+ * @returns PostgreSQL's settings for the connections that `writeBatch` uses
+ */
+export function writeSettings(timeoutMs: number, leaseMs: number): Record<string, string> {
+  return {
+    ...PLAN_SETTINGS,
+    statement_timeout: String(timeoutMs),
+    idle_in_transaction_session_timeout: String(leaseMs),
+    tcp_keepalives_idle: '10',
+    tcp_keepalives_interval: '5',
+    tcp_keepalives_count: '3',
+    tcp_user_timeout: '30000',
+  }
+}
 
 const UNIQUE_VIOLATION = '23505'
 const COPY_CHUNK_BYTES = 256 * 1024
@@ -55,22 +75,49 @@ export interface Written {
   staged: boolean
 }
 
-/** @throws whatever PostgreSQL says; then nothing of the batch is stored */
-export async function writeBatch(pool: Pool, batch: Batch<EncodedTurns>): Promise<Written> {
+/** What PostgreSQL's own statement_timeout does not end in time: then nobody answers any more. */
+const SILENCE_MS = 5000
+
+const WRITE_TIMEOUT_MS = 60_000
+
+/**
+ * @param timeoutMs for a statement, as in `writeSettings`; all of it may take a little longer
+ * @throws whatever PostgreSQL says, or WriteTimeout; then nothing of the batch is stored, or nobody knows
+ */
+export async function writeBatch(
+  pool: Pool,
+  batch: Batch<EncodedTurns>,
+  timeoutMs = WRITE_TIMEOUT_MS,
+): Promise<Written> {
   const client = await pool.connect()
+  let late: WriteTimeout | undefined
+  const timer = setTimeout(() => {
+    late = new WriteTimeout(`PostgreSQL has not finished a batch within ${(timeoutMs + SILENCE_MS) / 1000} s`)
+    client.release(late) // ends the connection, and with it what waits for its answer
+  }, timeoutMs + SILENCE_MS)
   try {
-    if (batch.redelivered) return await inTransaction(client, () => writeAll(client, batch, stageTurns))
-    try {
-      const isOneStatement = batch.events.length + batch.quarantine.length + batch.calls.length === 0
-      // One COPY is a transaction by itself: BEGIN and COMMIT would be two round trips more for most batches of live calls.
-      if (isOneStatement) return await writeAll(client, batch, copyTurns)
-      return await inTransaction(client, () => writeAll(client, batch, copyTurns))
-    } catch (error) {
-      if (sqlState(error) !== UNIQUE_VIOLATION) throw error
-      return await inTransaction(client, () => writeAll(client, batch, stageTurns))
-    }
+    const written = await writeTurnsFirst(client, batch)
+    if (!late) client.release()
+    return written
+  } catch (error) {
+    // Unless only the data was wrong, the connection may lead to the wrong server by now: the next batch gets a new one.
+    if (!late) client.release(verdictOn(error) !== 'quarantine')
+    throw late ?? error
   } finally {
-    client.release() // the pool drops a connection that broke
+    clearTimeout(timer)
+  }
+}
+
+async function writeTurnsFirst(client: PoolClient, batch: Batch<EncodedTurns>): Promise<Written> {
+  if (batch.redelivered) return await inTransaction(client, () => writeAll(client, batch, stageTurns))
+  try {
+    const isOneStatement = batch.events.length + batch.quarantine.length + batch.calls.length === 0
+    // One COPY is a transaction by itself: BEGIN and COMMIT would be two round trips more for most batches of live calls.
+    if (isOneStatement) return await writeAll(client, batch, copyTurns)
+    return await inTransaction(client, () => writeAll(client, batch, copyTurns))
+  } catch (error) {
+    if (sqlState(error) !== UNIQUE_VIOLATION) throw error
+    return await inTransaction(client, () => writeAll(client, batch, stageTurns))
   }
 }
 
@@ -96,6 +143,7 @@ async function writeAll(client: PoolClient, batch: Batch<EncodedTurns>, writeTur
   if (batch.quarantine.length > 0) {
     await client.query({ ...INSERT_QUARANTINE, values: quarantineColumns(batch.quarantine) })
   }
+  if (batch.release) await client.query('DELETE FROM quarantined_events WHERE id = ANY($1::bigint[])', [batch.release])
   if (batch.calls.length > 0) {
     const values = callColumns(batch.calls)
     await client.query({ ...LOCK_CALLS, values: [values[0]] })

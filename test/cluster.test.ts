@@ -62,7 +62,7 @@ test('append_lease_read_and_settle_work_on_a_cluster', async () => {
     expect(entries).toHaveLength(3)
     expect(await seqsOf(redis, lease.callSid)).toEqual([0, 1, 2])
   }
-  expect(await leases.settle(taken.map((each) => committed(each)))).toEqual({ lapsed: 0, again: [] })
+  expect(await leases.settle(taken.map((each) => committed(each)))).toEqual({ lapsed: 0, again: [], lost: [] })
   for (const sid of calls) expect(await groupOf(redis, sid)).toMatchObject({ lag: 0, pending: 0 })
   expect(await leases.backlog()).toEqual({ readyCalls: 0, openCalls: calls.length, lagMs: 0 })
 })

@@ -128,7 +128,7 @@ test('the_call_that_has_waited_longest_is_leased_first', async () => {
 test('only_the_partitions_asked_for_are_looked_into', async () => {
   const [[a], [b]] = [callsIn(redis.partitions, 3, 1), callsIn(redis.partitions, 5, 1)]
   await producer.store(turn(a!, 0), turn(b!, 0))
-  expect(await leases.lease([], LIMITS)).toEqual({ leases: [], more: [] })
+  expect(await leases.lease([], LIMITS)).toEqual({ leases: [], more: [], gone: [] })
   expect(sids((await leases.lease([4, 5], LIMITS)).leases)).toEqual([b])
   expect(sids((await leases.lease(everywhere(redis.partitions), LIMITS)).leases)).toEqual([a])
 })

@@ -46,7 +46,7 @@ test('settle_moves_the_cursor_and_XINFO_reports_lag_0_and_nothing_pending', asyn
     pending: 0,
     consumers: 0,
   })
-  expect(await leases.settle([committed(await take(leases, redis))])).toEqual({ lapsed: 0, again: [] })
+  expect(await leases.settle([committed(await take(leases, redis))])).toEqual({ lapsed: 0, again: [], lost: [] })
   expect(await groupOf(redis, sid)).toMatchObject({
     'last-delivered-id': ids[4],
     'entries-read': 5,
@@ -112,20 +112,20 @@ test('an_expired_holder_moves_and_releases_nothing', async () => {
   await producer.store(turn(sid, 0), turn(sid, 1), { type: 'call.ended', call_sid: sid })
   const slow = await take(leases, redis, { leaseMs: 20 })
   await until('its lease lapses', async () => (await leases.reclaim(10)).length > 0)
-  expect(await leases.settle([committed(slow, 3, true)]), 'nobody has it yet').toEqual({ lapsed: 1, again: [] })
+  expect(await leases.settle([committed(slow, 3, true)]), 'nobody has it yet').toEqual({ lapsed: 1, again: [], lost: [] })
   const ready = await placesOf(redis, sid)
   expect(Object.keys(ready)).toEqual(['ready'])
   const other = await take(leases, redis)
   const before = [await groupOf(redis, sid), await placesOf(redis, sid)]
   expect(before[1]).toEqual({ leased: other.lease.deadline })
 
-  expect(await leases.settle([committed(slow, 3, true)])).toEqual({ lapsed: 1, again: [] })
-  expect(await leases.settle([givenBack(slow.lease)])).toEqual({ lapsed: 1, again: [] })
+  expect(await leases.settle([committed(slow, 3, true)])).toEqual({ lapsed: 1, again: [], lost: [] })
+  expect(await leases.settle([givenBack(slow.lease)])).toEqual({ lapsed: 1, again: [], lost: [] })
   expect([await groupOf(redis, sid), await placesOf(redis, sid)]).toEqual(before)
   expect(before[0]).toMatchObject({ 'last-delivered-id': '0-0', lag: 3 })
   expect(await redis.client.hget(sessionOf(redis, sid), 'lapses')).toBe('1')
 
-  expect(await leases.settle([committed(other)])).toEqual({ lapsed: 0, again: [] })
+  expect(await leases.settle([committed(other)])).toEqual({ lapsed: 0, again: [], lost: [] })
   expect(await groupOf(redis, sid)).toMatchObject({ lag: 0 })
 })
 
@@ -133,7 +133,7 @@ test('a_lease_that_lapsed_but_was_not_taken_away_still_settles', async () => {
   await producer.store(turn(sid, 0))
   const slow = await take(leases, redis, { leaseMs: 1 })
   await pause(10)
-  expect(await leases.settle([committed(slow)])).toEqual({ lapsed: 0, again: [] })
+  expect(await leases.settle([committed(slow)])).toEqual({ lapsed: 0, again: [], lost: [] })
   expect(await groupOf(redis, sid)).toMatchObject({ lag: 0 })
   expect(await leases.reclaim(10)).toEqual([])
 })
@@ -164,7 +164,8 @@ test('a_call_that_turned_out_to_have_nothing_new_is_left_alone_when_given_back',
   await redis.client.xdel(streamOf(redis, sid), (await idsOf(sid))[1]!)
   const { lease, entries } = await take(leases, redis)
   expect(entries).toEqual([])
-  expect(await leases.settle([givenBack(lease)])).toEqual({ lapsed: 0, again: [] })
+  // It had not been committed: somebody has deleted it.
+  expect(await leases.settle([givenBack(lease)])).toEqual({ lapsed: 0, again: [], lost: [{ callSid: sid, entries: 1 }] })
   expect(Object.keys(await placesOf(redis, sid))).toEqual(['open'])
 })
 
@@ -218,14 +219,12 @@ test('keys_that_are_gone_or_of_another_type_keep_no_other_call_from_being_settle
   const calls = callsIn(redis.partitions, 3, 4) as [string, string, string, string]
   const [gone, foreignStream, foreignSession, sound] = calls
   await producer.store(...calls.map((each) => turn(each, 0)))
-  await leaseAll(leases, redis, { leaseMs: 1 })
-  await until('they lapse', async () => (await leases.reclaim(10)).length > 0) // so that there is a session to change
   const taken = await readAll(redis.client, await leaseAll(leases, redis), LIMITS)
   expect(taken).toHaveLength(4)
   await redis.client.del(streamOf(redis, gone))
   await redis.client.set(streamOf(redis, foreignStream), 'of somebody else')
   await redis.client.set(sessionOf(redis, foreignSession), 'of somebody else')
-  expect(await leases.settle(taken.map((each) => committed(each)))).toEqual({ lapsed: 0, again: [] })
+  expect(await leases.settle(taken.map((each) => committed(each)))).toEqual({ lapsed: 0, again: [], lost: [] })
   for (const each of calls) expect(Object.keys(await placesOf(redis, each))).toEqual(['open'])
   for (const each of [foreignSession, sound]) expect(await groupOf(redis, each)).toMatchObject({ lag: 0 })
 })
@@ -239,7 +238,7 @@ test('leases_of_several_batches_and_partitions_are_settled_together', async () =
   }
   expect(new Set(taken.map((lease) => lease.deadline)).size).toBe(3)
   const read = await readAll(redis.client, taken, LIMITS)
-  expect(await leases.settle(read.map((each) => committed(each)))).toEqual({ lapsed: 0, again: [] })
+  expect(await leases.settle(read.map((each) => committed(each)))).toEqual({ lapsed: 0, again: [], lost: [] })
   for (const each of calls) {
     expect(Object.keys(await placesOf(redis, each))).toEqual(['open'])
     expect(await groupOf(redis, each)).toMatchObject({ lag: 0 })

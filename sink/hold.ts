@@ -1,0 +1,41 @@
+/** The leases that a worker holds, kept alive for as long as it works on them. */
+import type { Logger } from '../shared/log.js'
+import type { Lease, Leases, Settled, Settlement } from './lease.js'
+
+export class Hold {
+  private readonly held: Set<Lease>
+  private readonly timer: NodeJS.Timeout
+  private prolonging: Promise<void> = Promise.resolve()
+
+  constructor(
+    private readonly leases: Leases,
+    taken: Lease[],
+    leaseMs: number,
+    private readonly log: Logger,
+  ) {
+    this.held = new Set(taken)
+    this.timer = setInterval(() => this.prolong(), leaseMs / 3)
+  }
+
+  private prolong(): void {
+    this.prolonging = this.prolonging
+      .then(() => this.leases.prolong(this.held))
+      .catch((error: Error) => this.log.warn({ err: error.message }, 'leases could not be prolonged'))
+  }
+
+  async settle(settlements: Settlement[]): Promise<Settled> {
+    for (const { lease } of settlements) this.held.delete(lease)
+    await this.prolonging // it moves the deadlines by which settle proves the leases
+    return this.leases.settle(settlements)
+  }
+
+  /** Gives back what is still held: whoever works next may have it at once. */
+  async end(): Promise<void> {
+    clearInterval(this.timer)
+    const settlements = [...this.held].map((lease) => ({ lease, last: undefined, count: 0, finalized: false }))
+    if (settlements.length === 0) return
+    await this.settle(settlements).catch((error: Error) => {
+      this.log.warn({ err: error.message }, 'leases could not be given back; they will lapse')
+    })
+  }
+}

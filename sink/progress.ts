@@ -1,0 +1,44 @@
+/** For readiness: does work get done, and if not, since when and why. */
+
+interface Trouble {
+  /** Epoch ms. */
+  since: number
+  reason: string
+}
+
+export class Progress {
+  /** When each batch in hand began, epoch ms. */
+  private readonly inHand = new Set<{ since: number }>()
+  private readonly troubles = new Map<'Redis' | 'batch', Trouble>()
+  private isEvident = false
+
+  /** @returns to be called when the batch is done with, one way or the other */
+  began(): () => void {
+    const batch = { since: Date.now() }
+    this.inHand.add(batch)
+    return () => this.inHand.delete(batch)
+  }
+
+  failed(part: 'Redis' | 'batch', error: Error): void {
+    const since = this.troubles.get(part)?.since ?? Date.now()
+    this.troubles.set(part, { since, reason: error.message })
+    if (part === 'batch') this.isEvident = false
+  }
+
+  succeeded(part: 'Redis' | 'batch'): void {
+    this.troubles.delete(part)
+    if (part === 'batch') this.isEvident = true
+  }
+
+  /** Since the last batch failed another one was stored: so it is not all of them that fail. */
+  get othersSucceed(): boolean {
+    return this.isEvident
+  }
+
+  /** Why nothing gets done; undefined unless that has been so for longer than `ms`. */
+  stalled(ms: number): string | undefined {
+    const late = ({ since }: { since: number }) => Date.now() - since > ms
+    for (const trouble of this.troubles.values()) if (late(trouble)) return `no progress: ${trouble.reason}`
+    return [...this.inHand].some(late) ? 'no progress: a batch is not done yet' : undefined
+  }
+}

@@ -1,0 +1,201 @@
+/**
+ * read → decode → copy → finalize → COMMIT for what a worker has leased. What cannot be stored is found and put into
+ * quarantine here, so that it never stops its neighbours.
+ */
+import { isUtf8 } from 'node:buffer'
+import { crashPoint } from '../shared/crash.js'
+import type { SinkMetrics } from '../shared/metrics.js'
+import type { Pool } from '../shared/postgres.js'
+import type { RedisClient } from '../shared/redis.js'
+import { EncodedTurns } from './copy.js'
+import { type Batch, decodeCall, type Entry, emptyBatch, entryMs, type QuarantineRow, quarantineRow } from './decode.js'
+import type { Lease, LeaseLimits, Leases, Settlement } from './lease.js'
+import { readEntries } from './read.js'
+import { type Verdict, verdictOn } from './verdict.js'
+import { writeBatch } from './write.js'
+
+/** Entries that are tried one by one are read a few at a time: their sheer size may be what their sinks die of. */
+const ALONE_ENTRIES = 50
+
+/** A batch that is not stored, and what that means. */
+export class NotStored extends Error {
+  readonly verdict: Verdict
+
+  constructor(override readonly cause: Error) {
+    super(cause.message)
+    this.verdict = verdictOn(cause)
+  }
+}
+
+export interface StoreContext {
+  redis: RedisClient
+  pool: Pool
+  leases: Leases
+  limits: LeaseLimits
+  /** A call that came to nothing so often is tried entry by entry. */
+  maxDeliveries: number
+  /** For one transaction, ms. */
+  writeTimeoutMs: number
+  metrics: SinkMetrics
+}
+
+export class Store {
+  /** @param othersSucceed tells whether something was stored since the last batch failed */
+  constructor(
+    private readonly context: StoreContext,
+    private readonly othersSucceed: () => boolean,
+  ) {}
+
+  /**
+   * Stores what waits in these calls, in one transaction if it can be.
+   *
+   * What PostgreSQL refuses for its data it would refuse for ever, with all else in the batch. So halves are tried by
+   * themselves, down to the entry at fault, which is quarantined. For that they are read again: it is rare.
+   *
+   * @throws NotStored; anything else is Redis' error
+   */
+  async store(leases: Lease[]): Promise<Settlement[]> {
+    const [only] = leases
+    if (only && leases.length === 1 && only.lapses >= this.context.maxDeliveries)
+      return [await this.storeOneByOne(only)]
+    const batch = emptyBatch(new EncodedTurns())
+    try {
+      await this.read(leases, (lease, entries) => decode(lease, entries, batch))
+      await this.write(batch)
+      return batch.settlements
+    } catch (error) {
+      if (!isForItsData(error)) throw error
+      const middle = leases.length >> 1
+      if (middle > 0) {
+        return [...(await this.store(leases.slice(0, middle))), ...(await this.store(leases.slice(middle)))]
+      }
+      return [await this.storeHalves(only!, await this.entriesOf(only!, this.context.limits.entries), error)]
+    }
+  }
+
+  private read(leases: Lease[], take: (lease: Lease, entries: Entry[]) => void): Promise<void> {
+    return readEntries(this.context.redis, leases, this.context.limits, take)
+  }
+
+  private async entriesOf(lease: Lease, most: number): Promise<Entry[]> {
+    let found: Entry[] = []
+    await readEntries(this.context.redis, [lease], { ...this.context.limits, entries: most }, (_lease, entries) => {
+      found = entries
+    })
+    return found
+  }
+
+  private async storeEntries(lease: Lease, entries: Entry[]): Promise<Settlement> {
+    const batch = emptyBatch(new EncodedTurns())
+    try {
+      decode(lease, entries, batch)
+      await this.write(batch)
+      return batch.settlements[0]!
+    } catch (error) {
+      if (!isForItsData(error)) throw error
+      return this.storeHalves(lease, entries, error)
+    }
+  }
+
+  /** @param error why all of them together cannot be stored */
+  private async storeHalves(lease: Lease, entries: Entry[], error: Error): Promise<Settlement> {
+    const last = entries.at(-1)![0]
+    if (entries.length === 1) {
+      await this.quarantine(lease, entries[0]!, `not_storable: ${error.message}`)
+      return { lease, last, count: 1, finalized: lease.finalized }
+    }
+    const middle = entries.length >> 1
+    const first = await this.storeEntries(lease, entries.slice(0, middle))
+    const rest = { ...lease, cursor: first.last!, finalized: first.finalized }
+    const second = await this.storeEntries(rest, entries.slice(middle))
+    return { lease, last, count: entries.length, finalized: second.finalized }
+  }
+
+  /**
+   * Something in this call has killed or hung its sinks, or fails for an unclear reason. Entry by entry the cursor moves up
+   * to it, and Redis knows which one is being tried. An entry that was being tried alone when it came to nothing once more
+   * is not tried again.
+   */
+  private async storeOneByOne(lease: Lease): Promise<Settlement> {
+    for (const entry of await this.entriesOf(lease, ALONE_ENTRIES)) {
+      const [id] = entry
+      const isHeld = await this.context.leases.isolate(lease, lease.cursor, lease.read, id)
+      if (!isHeld) return { lease, last: undefined, count: 0, finalized: false }
+      if (id === lease.alone) {
+        await this.quarantine(
+          lease,
+          entry,
+          `poison: ${lease.lapses} deliveries came to nothing, the last one of it alone`,
+        )
+      } else {
+        lease.finalized = await this.storeAlone(lease, entry)
+      }
+      lease.cursor = id
+      if (lease.read >= 0) lease.read++
+    }
+    return { lease, last: lease.cursor, count: 0, finalized: lease.finalized }
+  }
+
+  /** @returns whether the call is finalized */
+  private async storeAlone(lease: Lease, entry: Entry): Promise<boolean> {
+    try {
+      return (await this.storeEntries(lease, [entry])).finalized
+    } catch (error) {
+      // If nothing else can be stored either, it is hardly this entry's fault.
+      if (!(error instanceof NotStored && error.verdict === 'unclear' && this.othersSucceed())) throw error
+      await this.quarantine(lease, entry, `fails: ${error.message}`)
+      return lease.finalized
+    }
+  }
+
+  private async quarantine(lease: Lease, entry: Entry, reason: string): Promise<void> {
+    const [id] = entry
+    const settlement = { lease, last: id, count: 1, finalized: lease.finalized }
+    const quarantine = [quarantineRow(lease, entry, reason)]
+    const batch = emptyBatch(new EncodedTurns())
+    await this.write({ ...batch, quarantine, settlements: [settlement], oldestMs: entryMs(id) })
+  }
+
+  private async write(batch: Batch<EncodedTurns>): Promise<void> {
+    if (batch.settlements.every((s) => s.last === undefined)) return
+    const { pool, metrics, writeTimeoutMs } = this.context
+    await this.keepBytes(batch.quarantine)
+    const started = performance.now()
+    const written = await writeBatch(pool, batch, writeTimeoutMs).catch((error: Error) => {
+      throw new NotStored(error)
+    })
+    crashPoint('after-commit')
+    metrics.writeSeconds.observe((performance.now() - started) / 1000)
+    metrics.latencySeconds.observe(Math.max(0, Date.now() - batch.oldestMs) / 1000)
+    metrics.batchRows.observe(batch.turns.length + batch.events.length)
+    metrics.turns.inc(written.turns)
+    metrics.duplicates.inc(batch.turns.length - written.turns)
+    metrics.events.inc(batch.events.length)
+    metrics.quarantined.inc(batch.quarantine.length)
+    metrics.finalized.inc(batch.calls.filter((call) => call.finalize).length)
+    if (written.staged) metrics.staged.inc()
+  }
+
+  /** What is not UTF-8 was read as U+FFFD: such entries are read once more, as bytes. */
+  private async keepBytes(rows: QuarantineRow[]): Promise<void> {
+    for (const row of rows) {
+      if (!row.raw.includes('\uFFFD')) continue
+      const [entry] = await this.context.redis.xrangeBuffer(row.streamKey, row.entryId, row.entryId)
+      if (entry) row.raw = JSON.stringify(entry[1].map(textOrBytes))
+    }
+  }
+}
+
+const textOrBytes = (field: Buffer) => (isUtf8(field) ? field.toString() : { base64: field.toString('base64') })
+
+function isForItsData(error: unknown): error is NotStored {
+  return error instanceof NotStored && error.verdict === 'quarantine'
+}
+
+function decode(lease: Lease, entries: Entry[], batch: Batch): void {
+  try {
+    decodeCall(lease, entries, batch)
+  } catch (error) {
+    throw new NotStored(error as Error)
+  }
+}
