@@ -78,13 +78,23 @@ const ANSWER_TIMEOUT_MS = 2000
 
 /** PostgreSQL answers, and it is not a standby. @throws why it cannot store */
 export async function askWritable(pool: Pool): Promise<void> {
-  // The timeout is pg's own, but its types know it only for whole connections. It does not count the time to connect.
-  const question = { text: 'SHOW transaction_read_only', query_timeout: ANSWER_TIMEOUT_MS }
-  const asked = pool.query<{ transaction_read_only: string }>(question)
-  const answer = await Promise.race([asked, sleep(ANSWER_TIMEOUT_MS, undefined, { ref: false })])
-  if (!answer) {
-    asked.catch(() => undefined) // nobody waits for it any more
-    throw new Error(`timeout: no answer within ${ANSWER_TIMEOUT_MS} ms`)
+  const asked = ask(pool)
+  const isLate = await Promise.race([asked, sleep(ANSWER_TIMEOUT_MS, true, { ref: false })])
+  if (!isLate) return
+  asked.catch(() => undefined) // nobody waits for it any more
+  throw new Error(`timeout: no answer within ${ANSWER_TIMEOUT_MS} ms`)
+}
+
+async function ask(pool: Pool): Promise<void> {
+  const client = await pool.connect()
+  let isFit = false
+  try {
+    // The timeout is pg's own, but its types know it only for whole connections.
+    const question = { text: 'SHOW transaction_read_only', query_timeout: ANSWER_TIMEOUT_MS }
+    const { rows } = await client.query<{ transaction_read_only: string }>(question)
+    isFit = rows[0]?.transaction_read_only === 'off'
+    if (!isFit) throw new Error('it is read-only: a standby, or a demoted primary')
+  } finally {
+    client.release(!isFit) // what led here once would lead here again: a new connection may find the new primary
   }
-  if (answer.rows[0]?.transaction_read_only === 'on') throw new Error('it is read-only: a standby, or a demoted primary')
 }

@@ -13,7 +13,9 @@
 --         the entry that was being tried alone when the last lease of it lapsed, '' for none} for each call,
 --        {indexes of partitions that may have more ready calls},
 --        {call_sid of ready calls whose stream is gone, with all that waited in it}}
--- A call with lapses is leased by itself, so that whatever it does to its sink it does not do to its neighbours.
+-- Of the calls with lapses, one is leased, that with the fewest: whatever such a call does to its sink, the innocent ones
+-- among them get through before it.
+local MOST_ASIDE = 100 -- that are looked at for it
 local time = redis.call('TIME')
 local deadline = time[1] * 1000 + math.floor(time[2] / 1000) + tonumber(ARGV[4])
 local calls_left, entries_left, bytes_left = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
@@ -37,37 +39,50 @@ local function progress(stream)
   return '0-0', 0, redis.call('XLEN', stream)
 end
 
+local function lease(p, sid, since, session, lapses)
+  local cursor, read, waiting = progress(ARGV[3 + 2 * p] .. sid)
+  if not cursor then
+    gone[#gone + 1] = sid
+    return
+  end
+  redis.call('ZADD', KEYS[3 * p - 1], deadline, sid)
+  local bytes_an_entry = math.ceil(tonumber(session[1] or 0) / math.max(1, read + waiting))
+  local finalized = redis.call('ZSCORE', KEYS[3 * p], sid) and 1 or 0
+  leases[#leases + 1] = {
+    p, sid, cursor, waiting, read, finalized, lapses, since, bytes_an_entry, session[3] or '',
+  }
+  calls_left = calls_left - 1
+  entries_left = entries_left - waiting
+  bytes_left = bytes_left - waiting * bytes_an_entry
+end
+
+local aside = {}
 for p = 1, #KEYS / 3 do
-  local ready, leased, ended = KEYS[3 * p - 2], KEYS[3 * p - 1], KEYS[3 * p]
+  local ready = KEYS[3 * p - 2]
   while true do
-    if calls_left <= 0 or entries_left <= 0 or bytes_left <= 0 then
+    if calls_left <= 0 or entries_left <= 0 or bytes_left <= 0 or #aside >= MOST_ASIDE then
       if redis.call('EXISTS', ready) == 1 then more[#more + 1] = p end
       break
     end
     local popped = redis.call('ZPOPMIN', ready)
-    local sid = popped[1]
+    local sid, since = popped[1], popped[2]
     if not sid then break end
     local session = redis.pcall('HMGET', ARGV[4 + 2 * p] .. sid, 'bytes', 'lapses', 'alone')
     local lapses = tonumber(session[2] or 0)
-    if lapses > 0 and #leases > 0 then
-      redis.call('ZADD', ready, popped[2], sid)
-      calls_left = 0
+    if lapses == 0 then
+      lease(p, sid, since, session, 0)
     else
-      local cursor, read, waiting = progress(ARGV[3 + 2 * p] .. sid)
-      if cursor then
-        redis.call('ZADD', leased, deadline, sid)
-        local bytes_an_entry = math.ceil(tonumber(session[1] or 0) / math.max(1, read + waiting))
-        leases[#leases + 1] = {
-          p, sid, cursor, waiting, read, redis.call('ZSCORE', ended, sid) and 1 or 0, lapses, popped[2], bytes_an_entry,
-          session[3] or '',
-        }
-        calls_left = lapses > 0 and 0 or calls_left - 1
-        entries_left = entries_left - waiting
-        bytes_left = bytes_left - waiting * bytes_an_entry
-      else
-        gone[#gone + 1] = sid
-      end
+      aside[#aside + 1] = { p, sid, since, session, lapses }
     end
+  end
+end
+table.sort(aside, function(a, b) return a[5] < b[5] end)
+for i, call in ipairs(aside) do
+  if i == 1 then
+    lease(unpack(call))
+  else
+    redis.call('ZADD', KEYS[3 * call[1] - 2], call[3], call[2])
+    more[#more + 1] = call[1]
   end
 end
 return { deadline, leases, more, gone }

@@ -168,8 +168,10 @@ export class Leases {
       const p = lease.partition
       keys.push(p.ready, p.leased, p.open, p.ended, p.streamPrefix + lease.callSid, p.sessionPrefix + lease.callSid)
       const read = lease.read < 0 ? -1 : lease.read + count
-      const forget = last !== undefined && lease.lapses > 0
-      args.push(lease.callSid, last ?? lease.cursor, read, finalized ? 1 : 0, forget ? 1 : lapsed ? 2 : 0)
+      args.push(lease.callSid, last ?? lease.cursor, read, finalized ? 1 : 0)
+      if (lapsed) args.push(2)
+      else if (lease.lapses === 0) args.push(0)
+      else args.push(last === undefined ? 3 : 1)
     }
     return (await settleScript.run(this.client, keys, args)) as [number, number[], [string, number][]]
   }

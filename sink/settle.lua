@@ -10,7 +10,7 @@
 --                           last entry committed (the cursor as it was: the call is only given back)
 --                           entries read by the group up to there (-1: unknown)
 --                           1 if the call is finalized, else 0
---                           1 if its lapses are to be forgotten, 2 if this delivery was one more, else 0
+--                           its lapses: 0 it had none; 1 forget them; 2 this delivery was one more; 3 leave them
 -- Reply {number of leases that had lapsed, {partition numbers with calls that are ready again},
 --        {call_sid, entries that were added behind the cursor and are gone: lost} for each call with any}
 local time = redis.call('TIME')
@@ -47,7 +47,9 @@ for c = 0, (#KEYS - 1) / 6 - 1 do
     else
       redis.pcall('XGROUP', 'SETID', stream, 'sink', last, 'ENTRIESREAD', read)
     end
-    if lapses == '1' then redis.pcall('HDEL', KEYS[k + 5], 'lapses', 'alone') end
+    -- Whatever was being tried alone, its sink has lived to settle.
+    if lapses ~= '0' then redis.pcall('HDEL', KEYS[k + 5], 'alone') end
+    if lapses == '1' then redis.pcall('HDEL', KEYS[k + 5], 'lapses') end
     if lapses == '2' then redis.pcall('HINCRBY', KEYS[k + 5], 'lapses', 1) end
     -- A call that was presumed over may have come back meanwhile.
     if ARGV[a + 3] == '1' and not (redis.call('ZSCORE', open, sid) and not redis.pcall('HGET', KEYS[k + 5], 'ended')) then

@@ -85,8 +85,8 @@ export async function startSink(config: Config, log: Logger): Promise<Sink> {
 
     const limits = { calls: LEASE_MOST_CALLS, entries: config.BATCH_MAX_ROWS, bytes: config.BATCH_MAX_BYTES, leaseMs }
     const maxDeliveries = config.MAX_DELIVERIES
-    const stores = { redis, pool, leases, limits, maxDeliveries, writeTimeoutMs, metrics }
-    const context: WorkerContext = { ...stores, wake, gate, progress, log }
+    const stores = { redis, pool, leases, limits, maxDeliveries, writeTimeoutMs, progress, metrics }
+    const context: WorkerContext = { ...stores, wake, gate, log }
     const workers = Array.from({ length: config.SINK_WORKERS }, () => new Worker(context))
     const running = workers.map((worker) => worker.run())
     const tending = [

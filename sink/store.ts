@@ -10,6 +10,7 @@ import type { RedisClient } from '../shared/redis.js'
 import { EncodedTurns } from './copy.js'
 import { type Batch, decodeCall, type Entry, emptyBatch, entryMs, type QuarantineRow, quarantineRow } from './decode.js'
 import type { Lease, LeaseLimits, Leases, Settlement } from './lease.js'
+import type { Progress } from './progress.js'
 import { readEntries } from './read.js'
 import { type Verdict, verdictOn } from './verdict.js'
 import { writeBatch } from './write.js'
@@ -36,15 +37,12 @@ export interface StoreContext {
   maxDeliveries: number
   /** For one transaction, ms. */
   writeTimeoutMs: number
+  progress: Progress
   metrics: SinkMetrics
 }
 
 export class Store {
-  /** @param othersSucceed tells whether something was stored since the last batch failed */
-  constructor(
-    private readonly context: StoreContext,
-    private readonly othersSucceed: () => boolean,
-  ) {}
+  constructor(private readonly context: StoreContext) {}
 
   /**
    * Stores what waits in these calls, in one transaction if it can be.
@@ -142,7 +140,8 @@ export class Store {
       return (await this.storeEntries(lease, [entry])).finalized
     } catch (error) {
       // If nothing else can be stored either, it is hardly this entry's fault.
-      if (!(error instanceof NotStored && error.verdict === 'unclear' && this.othersSucceed())) throw error
+      if (!(error instanceof NotStored && error.verdict === 'unclear' && this.context.progress.othersSucceed))
+        throw error
       await this.quarantine(lease, entry, `fails: ${error.message}`)
       return lease.finalized
     }
@@ -158,13 +157,14 @@ export class Store {
 
   private async write(batch: Batch<EncodedTurns>): Promise<void> {
     if (batch.settlements.every((s) => s.last === undefined)) return
-    const { pool, metrics, writeTimeoutMs } = this.context
+    const { pool, metrics, progress, writeTimeoutMs } = this.context
     await this.keepBytes(batch.quarantine)
     const started = performance.now()
     const written = await writeBatch(pool, batch, writeTimeoutMs).catch((error: Error) => {
       throw new NotStored(error)
     })
     crashPoint('after-commit')
+    if (batch.turns.length > 0 && batch.calls.length > 0) progress.proved()
     metrics.writeSeconds.observe((performance.now() - started) / 1000)
     metrics.latencySeconds.observe(Math.max(0, Date.now() - batch.oldestMs) / 1000)
     metrics.batchRows.observe(batch.turns.length + batch.events.length)

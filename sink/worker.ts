@@ -12,7 +12,6 @@ import { sqlState } from '../shared/postgres.js'
 import type { Gate } from './gate.js'
 import { Hold } from './hold.js'
 import type { Lease, Settlement } from './lease.js'
-import type { Progress } from './progress.js'
 import { NotStored, Store, type StoreContext } from './store.js'
 import { hintOn } from './verdict.js'
 import type { Wake } from './wake.js'
@@ -23,7 +22,6 @@ const MAX_PAUSE_MS = 2000
 export interface WorkerContext extends StoreContext {
   wake: Wake
   gate: Gate
-  progress: Progress
   log: Logger
 }
 
@@ -33,7 +31,7 @@ export class Worker {
   private readonly store: Store
 
   constructor(private readonly context: WorkerContext) {
-    this.store = new Store(context, () => context.progress.othersSucceed)
+    this.store = new Store(context)
   }
 
   /** Finishes the batch in hand; `run` then returns. The caller rings the bell, for the worker may be asleep. */

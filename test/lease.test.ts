@@ -133,6 +133,22 @@ test('only_the_partitions_asked_for_are_looked_into', async () => {
   expect(sids((await leases.lease(everywhere(redis.partitions), LIMITS)).leases)).toEqual([a])
 })
 
+test('of_the_calls_that_came_to_nothing_one_is_leased_at_a_time_the_one_with_the_fewest_lapses_first', async () => {
+  const calls = callsIn(redis.partitions, 3, 5)
+  await producer.store(...calls.map((sid) => turn(sid, 0)))
+  const lapses = [2, 1, 0, 3, 0]
+  for (const [i, sid] of calls.entries()) {
+    if (lapses[i]! > 0) await redis.client.hset(sessionOf(redis, sid), 'lapses', lapses[i]!)
+  }
+  const [a, b, c, d, e] = calls
+  const rounds: (string | undefined)[][] = [[c, e, b], [a], [d]]
+  for (const expected of rounds) {
+    const { leases: taken, more } = await leases.lease([3], LIMITS)
+    expect(taken.map((lease) => lease.callSid)).toEqual(expected)
+    expect(more.length > 0).toBe(expected[0] !== d)
+  }
+})
+
 test('a_lost_group_is_made_again_from_the_start', async () => {
   await producer.store(turn('CA1', 0), turn('CA1', 1))
   await leases.settle([committed(await take(leases, redis))])

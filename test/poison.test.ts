@@ -1,0 +1,131 @@
+/** Entries that kill or fail their sink again and again: they are found, quarantined, and stop nobody. */
+import { mkdtemp, rm } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { setTimeout as sleep } from 'node:timers/promises'
+import { describe, expect, test } from 'vitest'
+import { Calls, ended, newSid, seqs } from './support/calls.js'
+import { Service } from './support/processes.js'
+import { until } from './support/stores.js'
+import { turn } from './support/streams.js'
+
+/** Makes PostgreSQL do `what` (plpgsql) at every turn with the text `odd`, or whatever `when` says. */
+async function atTurns(calls: Calls, what: string, when = `new.text = 'odd'`): Promise<void> {
+  await calls.query(`
+    CREATE FUNCTION react() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN ${what}; RETURN new; END $$;
+    CREATE TRIGGER react BEFORE INSERT ON call_transcript_turns FOR EACH ROW WHEN (${when}) EXECUTE FUNCTION react()`)
+}
+const internalError = `RAISE EXCEPTION 'odd' USING ERRCODE = 'XX000'`
+const seqsOf = async (calls: Calls, sid: string) => (await calls.turns(sid)).map((row) => row.seq)
+const quarantined = async (calls: Calls, sid: string) =>
+  (await calls.quarantined(sid)).map(({ reason, raw }) => [reason, JSON.parse(JSON.parse(String(raw))[1]).seq])
+
+test('an_entry_that_kills_every_sink_is_quarantined_and_stops_nobody', async () => {
+  const calls = await Calls.start({ LEASE_SECONDS: '1', MAX_DELIVERIES: '2' }, 0)
+  const folder = await mkdtemp(join(tmpdir(), 'calltape-test-poison-'))
+  const [sick, neighbours] = [newSid(), seqs(30).map(newSid)]
+  const load = [...seqs(6), 6].map((seq) => turn(sick, seq, seq === 2 || seq === 4 ? 'odd' : 'fine'))
+  await calls.producer.store(...load, ended(sick, 7), ...neighbours.flatMap((sid) => [turn(sid, 0), ended(sid, 1)]))
+  const { redis, database } = calls.stack
+  const sink = new Service({
+    name: 'sink',
+    logFile: join(folder, 'sink.log'),
+    staysArmed: true,
+    environment: {
+      ...{ REDIS_URL: redis.url, DATABASE_URL: database.url, SINK_METRICS_PORT: '0' },
+      ...{ LEASE_SECONDS: '1', MAX_DELIVERIES: '2', CRASH_AT: 'decode@odd' },
+    },
+  })
+  try {
+    const complete = async () =>
+      Number((await calls.query('SELECT count(*) FROM call_sessions WHERE complete'))[0]!.count)
+    await until('the neighbours are there', async () => (await complete()) === 30, 20_000)
+    expect(await calls.quarantined(sick)).toEqual([]) // it is still going on
+    await calls.settled(sick, 30_000)
+    expect(await seqsOf(calls, sick)).toEqual([0, 1, 3, 5, 6])
+    const reason = expect.stringMatching(/^poison: \d+ deliveries came to nothing, the last one of it alone$/)
+    expect(await quarantined(calls, sick)).toEqual([
+      [reason, 2],
+      [reason, 4],
+    ])
+    expect(await calls.session(sick)).toMatchObject({ turn_count: 5, expected_turns: 7, complete: false })
+    // Twice with others, then by itself, then alone: and after that only the second one alone.
+    expect(sink.deaths.map((death) => death.signal)).toEqual(Array(4).fill('SIGKILL'))
+    await calls.producer.store(turn(sick, 7))
+    await calls.settled(sick) // nothing is left of it
+    expect(sink.deaths).toHaveLength(4)
+  } finally {
+    await sink.end()
+    await rm(folder, { recursive: true, force: true })
+    await calls.stack.end()
+  }
+}, 90_000)
+
+describe.concurrent('an unclear error', () => {
+  test('of_one_entry_quarantines_it_alone_while_others_succeed', async () => {
+    const calls = await Calls.start({ MAX_DELIVERIES: '2' })
+    await atTurns(calls, internalError)
+    const sick = newSid()
+    await calls.producer.store(...seqs(5).map((seq) => turn(sick, seq, seq === 2 ? 'odd' : 'fine')), ended(sick, 5))
+    for (let i = 0; (await calls.quarantined(sick)).length === 0; i++) {
+      await calls.storeSettled(turn(`sound-${i}`, 0)) // never waits for the sick one
+      await sleep(50)
+    }
+    await calls.settled(sick)
+    expect(await seqsOf(calls, sick)).toEqual([0, 1, 3, 4])
+    expect(await quarantined(calls, sick)).toEqual([['fails: odd', 2]])
+    expect(await calls.session(sick)).toMatchObject({ turn_count: 4, complete: false })
+    expect(await calls.ready()).toBe('200 ready')
+    await calls.stack.end()
+  }, 60_000)
+
+  test('of_everything_quarantines_nothing_and_makes_the_sink_unready', async () => {
+    const calls = await Calls.start({ MAX_DELIVERIES: '1' })
+    await atTurns(calls, internalError, 'true')
+    const sids = seqs(10).map(newSid)
+    await calls.producer.store(...sids.flatMap((sid) => [turn(sid, 0), ended(sid, 1)]))
+    await until('it is unready and says why', async () => (await calls.ready()) === '503 no progress: odd', 15_000)
+    await sleep(2000)
+    expect(await calls.query('SELECT FROM quarantined_events')).toEqual([])
+    await calls.query('DROP TRIGGER react ON call_transcript_turns')
+    await calls.idle()
+    const [row] = await calls.query('SELECT count(*)::int AS n FROM call_sessions WHERE complete')
+    expect(row).toEqual({ n: 10 })
+    expect(await calls.query('SELECT FROM quarantined_events')).toEqual([])
+    expect(await calls.ready()).toBe('200 ready')
+    await calls.stack.end()
+  }, 60_000)
+
+  test('of_a_turn_that_takes_longer_than_DATABASE_TIMEOUT_keeps_only_that_turn_out', async () => {
+    const calls = await Calls.start({ MAX_DELIVERIES: '1', DATABASE_TIMEOUT: '1' })
+    await atTurns(calls, 'PERFORM pg_sleep(5)')
+    const [slow, other] = [newSid(), newSid()]
+    await calls.producer.store(turn(slow, 0), turn(slow, 1, 'odd'), turn(slow, 2), turn(other, 0))
+    await calls.settled(other)
+    for (let i = 0; (await calls.quarantined(slow)).length === 0; i++) {
+      await calls.storeSettled(turn(`sound-${i}`, 0))
+      await sleep(100)
+    }
+    await calls.settled(slow)
+    expect(await seqsOf(calls, slow)).toEqual([0, 2])
+    expect(await quarantined(calls, slow)).toEqual([['fails: canceling statement due to statement timeout', 1]])
+    await calls.stack.end()
+  }, 60_000)
+})
+
+describe.concurrent('leases', () => {
+  test('are_prolonged_while_a_batch_takes_longer_than_they_last', async () => {
+    const calls = await Calls.start({ LEASE_SECONDS: '1' }, 2)
+    await atTurns(calls, 'PERFORM pg_sleep(3)')
+    const sids = seqs(20).map(newSid)
+    await calls.producer.store(...sids.map((sid, i) => turn(sid, 0, i === 7 ? 'odd' : 'fine')))
+    await calls.idle(20_000)
+    expect((await calls.query('SELECT FROM call_transcript_turns')).length).toBe(20)
+    for (const sink of calls.stack.sinks) {
+      for (const name of ['reclaimed_total', 'duplicate_turns_total', 'staged_batches_total', 'retries_total']) {
+        expect([name, await calls.metric(name, sink)]).toEqual([name, 0])
+      }
+    }
+    await calls.stack.end()
+  })
+})
