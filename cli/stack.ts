@@ -15,8 +15,9 @@ import { type LocalServer, processInfo } from './local-server.js'
 /** Preferred ports: not the usual ones, which a developer's own servers may hold. */
 const POSTGRES_PORT = 54_320
 const REDIS_PORT = 63_790
-/** A service that died is started again; one that dies over and over is not. */
+/** A service that died is started again; one that dies over and over, each time after a short life, is not. */
 const MAX_RESTARTS = 5
+const SHORT_LIFE_MS = 60_000
 const RESTART_PAUSE_MS = 500
 
 export interface StackOptions {
@@ -55,6 +56,7 @@ export async function startStack(options: StackOptions): Promise<Stack> {
     for (const name of await migrate(databaseUrl, options.say)) options.say(`migrated ${name}`)
 
     const environment: Environment = {
+      SPOOL_DIR: join(dataDir, 'spool'),
       ...options.defaults,
       ...given,
       REDIS_URL: redisUrl,
@@ -192,6 +194,7 @@ export async function startService(
   })
 
   const launch = async (): Promise<string> => {
+    const born = Date.now()
     const log = openSync(logFile, 'a')
     child = fork(join(PACKAGE_ROOT, 'dist/cli/calltape.js'), [name], {
       env: childEnvironment(environment),
@@ -204,6 +207,7 @@ export async function startService(
       child.once('error', reject)
     })
     child.once('exit', (code, signal) => {
+      if (Date.now() - born > SHORT_LIFE_MS) restarts = 0
       if (!stopping) void restart(signal ?? `exit code ${code}`)
     })
     return url

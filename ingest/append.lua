@@ -22,12 +22,16 @@
 --
 -- The producer key may be gone or old (expired; Redis lost its last writes): then what the producer knows counts. Otherwise a
 -- first batch that failed would pass for applied because the second one was, or one that is lost would be waited for for ever.
+local KEPT_SECONDS = 86400 -- long enough for any retry; a producer's id is never used again
+local REFUSED = KEYS[1] .. ':refused' -- hash: batch number, its reply; only of batches with a refusal
 local last = math.max(tonumber(redis.call('GET', KEYS[1]) or 0), tonumber(ARGV[2]))
 local batch = tonumber(ARGV[1])
 if batch <= last then
   -- Written again, though it stands there: a WAIT or WAITAOF that follows waits only for what this connection has written.
-  redis.call('SET', KEYS[1], last, 'EX', 86400)
-  return {} -- also for a call that was refused, should the reply that said so have been lost
+  redis.call('SET', KEYS[1], last, 'EX', KEPT_SECONDS)
+  -- What was refused then is refused again, for the reply that said so may have been lost.
+  local said = redis.call('HGET', REFUSED, batch)
+  return said and cjson.decode(said) or {}
 end
 if batch > last + 1 then return redis.error_reply('GAP batch ' .. last + 1 .. ' has not been applied') end
 
@@ -109,7 +113,10 @@ while arg <= #ARGV do
   arg = fields + field_count + 1
 end
 
--- Kept long enough for any retry; a producer's id is never used again.
-redis.call('SET', KEYS[1], ARGV[1], 'EX', 86400)
+redis.call('SET', KEYS[1], batch, 'EX', KEPT_SECONDS)
+if #refused > 0 then
+  redis.call('HSET', REFUSED, batch, cjson.encode(refused))
+  redis.call('EXPIRE', REFUSED, KEPT_SECONDS)
+end
 if #woken > 0 then redis.call('SPUBLISH', KEYS[2], table.concat(woken, ',')) end
 return refused

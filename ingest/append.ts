@@ -9,6 +9,7 @@
  */
 import { randomUUID } from 'node:crypto'
 import { setTimeout as sleep } from 'node:timers/promises'
+import { backoffMs } from '../shared/backoff.js'
 import { crashPoint } from '../shared/crash.js'
 import { type CallEvent, Refusal, resumes } from '../shared/events.js'
 import type { PartitionKeys, Partitions } from '../shared/keys.js'
@@ -76,8 +77,8 @@ class LaneQueue {
   private inFlight = 0
   private nextNumber = 1
   private failing = false
-  /** Doubles with each failure in a row: a Redis that answers, but refuses to write, must not be asked all the time. */
-  private retryPauseMs = FIRST_RETRY_PAUSE_MS
+  /** In a row: a Redis that answers, but refuses to write, must not be asked all the time. */
+  private failures = 0
   private readonly producerKey: string
 
   constructor(
@@ -124,7 +125,7 @@ class LaneQueue {
         this.appender.options.confirm?.(this.client),
       ])
       crashPoint('after-append')
-      this.retryPauseMs = FIRST_RETRY_PAUSE_MS
+      this.failures = 0
       this.batches.splice(this.batches.indexOf(batch), 1)
       this.appender.applied(batch, reply as [number, string][], (performance.now() - started) / 1000)
     } catch (error) {
@@ -146,8 +147,8 @@ class LaneQueue {
     let lastError: Error = error
     for (;;) {
       this.appender.failed(lastError)
-      if (!isNoScript(lastError)) await sleep(this.retryPauseMs * (0.5 + Math.random() / 2))
-      this.retryPauseMs = Math.min(this.retryPauseMs * 2, MAX_RETRY_PAUSE_MS)
+      this.failures++
+      if (!isNoScript(lastError)) await sleep(backoffMs(this.failures, FIRST_RETRY_PAUSE_MS, MAX_RETRY_PAUSE_MS))
       while (this.inFlight > 0) await sleep(1)
       if (this.appender.isAbandoned) return
       try {

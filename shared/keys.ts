@@ -6,14 +6,16 @@
  *     ct:{p}:call:<sid>     the call's stream: one entry an event, field `e` holding its JSON; group `sink`, whose
  *                           last-delivered-id is the last entry committed to PostgreSQL
  *     ct:{p}:session:<sid>  hash, the live session: what producers said last (`status`, `direction`, `from`, `stage`, …),
- *                           `connection` (of a bound one: connected or disconnected), `ended` (1 once it is over), `bytes`
- *                           (of JSON appended), `lapses` (leases that lapsed without progress)
+ *                           `connection` (of a bound one: connected or disconnected), `connection_id` (the latest one's),
+ *                           `ended` (1 once it is over; `presumed`: unless it goes on after all), `bytes` (of JSON appended),
+ *                           `lapses` (deliveries in a row that came to nothing), `alone` (the entry that is being tried alone)
  *     ct:{p}:ready          zset: calls with uncommitted entries that no sink works on, by when the first of them arrived (ms)
  *     ct:{p}:leased         zset: calls a sink works on, by lease deadline (ms)
  *     ct:{p}:open           zset: calls that have not ended, by when they will be presumed over (ms)
  *     ct:{p}:ended          zset: finalized calls, by when (ms)
  *     ct:{p}:wake           channel: "these partitions have news", for sleeping sinks
- *     ct:{p}:producer:<id>  the last batch applied of one ingest process, so that a retried append is not applied twice
+ *     ct:{p}:producer:<id>  the last batch applied of one ingest process, so that a retried append is not applied twice;
+ *                           with `:refused` behind it: what was refused of its batches
  */
 
 export const PARTITIONS_KEY = 'ct:partitions'

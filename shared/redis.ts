@@ -4,6 +4,7 @@
  */
 import { createHash } from 'node:crypto'
 import { Cluster, Redis } from 'ioredis'
+import { backoffMs } from './backoff.js'
 import { OperatorError } from './config.js'
 import { PARTITIONS_KEY, type PartitionKeys, Partitions } from './keys.js'
 import type { Logger } from './log.js'
@@ -36,7 +37,7 @@ export async function connectRedis(url: string, log: Logger): Promise<RedisClien
     reconnectOnError: (error: Error) => error.message.startsWith('READONLY'),
     protocol: 2 as const,
   }
-  const retry = (times: number) => Math.min(50 * 2 ** Math.min(times, 6), 2000) * (0.5 + Math.random() / 2)
+  const retry = (times: number) => backoffMs(times, 100, 2000)
   const first = new URL(urls[0] ?? '')
   const client =
     urls.length > 1

@@ -9,6 +9,8 @@ local sid = ARGV[1]
 for list = 2, 5 do
   if redis.call('ZSCORE', KEYS[list], sid) then return 0 end
 end
+-- It got its end before, and that came to nothing (it is in quarantine): one is enough.
+if redis.pcall('HGET', KEYS[7], 'ended') == 'presumed' then return 0 end
 local id = redis.pcall('XADD', KEYS[6], '*', 'e',
   '{"type":"call.ended","call_sid":"' .. sid .. '","source":"calltape","reason":"abandoned"}')
 if type(id) == 'table' then return 0 end -- a key that is not ours

@@ -167,6 +167,20 @@ test.each(['stream', 'session'] as const)('a_key_of_another_type_refuses_only_it
   expect((await producer.metrics.refused.get()).values).toMatchObject([{ labels: { code: 'not_stored' }, value: 2 }])
 })
 
+test('a_refusal_whose_reply_was_lost_is_said_again', async () => {
+  await redis.client.set(streamOf(redis, sid), 'of somebody else')
+  const batch = (number: number) =>
+    appendBatch(redis, 'p', number, 0, [
+      { sid: 'CA2', events: ['{}'] },
+      { sid, events: ['{}'] },
+    ])
+  const said = await batch(1)
+  expect(said).toEqual([[2, expect.stringContaining('WRONGTYPE')]])
+  expect(await appendBatch(redis, 'p', 2, 0, [{ sid: 'CA3', events: ['{}'] }])).toEqual([])
+  expect(await batch(1)).toEqual(said)
+  expect(await entriesOf(redis, 'CA2')).toHaveLength(1)
+})
+
 test('a_refusal_names_what_Redis_said', async () => {
   await redis.client.set(streamOf(redis, sid), 'of somebody else')
   const refusal = await new Producer(redis).put(turn(sid, 0))
