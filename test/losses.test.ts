@@ -117,7 +117,7 @@ describe.concurrent('a Redis', () => {
       ended(over, 1),
     )
     await redis.client.flushdb()
-    await until('the number of partitions is known again', () => redis.client.get('ct:partitions'))
+    await until('the number of partitions is known again', () => redis.client.exists('ct:partitions').then(Boolean))
     const leases = new Leases(redis.client, redis.partitions, 1000)
     const metrics = createSinkMetrics()
     for (let round = 0; round < 2; round++) await endStrays({ pool: database.pool, leases, metrics, log }, 60_000)

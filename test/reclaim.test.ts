@@ -12,6 +12,7 @@ import {
   Producer,
   placesOf,
   sessionOf,
+  streamOf,
   take,
   turn,
 } from './support/streams.js'
@@ -48,6 +49,15 @@ test('a_lapsed_lease_goes_to_another_with_all_that_was_not_committed_and_its_lap
   expect(other.entries).toHaveLength(3)
   await leases.settle([committed(other)])
   expect(await groupOf(redis, sid)).toMatchObject({ lag: 0, pending: 0 })
+})
+
+test('a_call_has_been_waiting_since_its_oldest_entry_arrived_whoever_had_it_meanwhile', async () => {
+  await producer.store(turn(sid, 0), turn(sid, 1))
+  await leases.settle([committed(await take(leases, redis), 1)])
+  const [, second] = await redis.client.xrange(streamOf(redis, sid), '-', '+')
+  await new Promise((resolve) => setTimeout(resolve, 20))
+  await loseLeases(1)
+  expect((await placesOf(redis, sid)).ready).toBe(Number.parseInt(second![0], 10))
 })
 
 test('every_lapse_is_counted', async () => {
