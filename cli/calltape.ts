@@ -5,14 +5,23 @@ import { OperatorError, readConfig } from '../shared/config.js'
 import { armCrash } from '../shared/crash.js'
 import { createLog } from '../shared/log.js'
 import { readPackageFile } from '../shared/package-root.js'
+import type { ChoiceOptions, ListOptions } from './quarantine.js'
+import type { VerifyOptions } from './verify.js'
 
 const { version, description } = JSON.parse(readPackageFile('package.json')) as { version: string; description: string }
 const DATA_FOLDER = '.calltape'
+
+const DATA_OPTION = [
+  '--data <dir>',
+  'the folder of the `calltape up` to ask, where REDIS_URL and DATABASE_URL are not set',
+  DATA_FOLDER,
+] as const
 
 const program = new Command('calltape')
   .description(description)
   .version(version)
   .showHelpAfterError()
+  .exitOverride(({ exitCode }) => process.exit(exitCode && 2)) // a wrong option is no finding: 1 is what commands answer
   .addHelpText('after', '\nConfiguration is by environment variables: see the table in README.md.')
 
 program
@@ -67,13 +76,62 @@ program
   .description("print a call's transcript and state, wherever they are now: Redis, PostgreSQL, or both")
   .argument('<call_sid>')
   .option('--json', 'as JSON')
-  .option(
-    '--data <dir>',
-    'the folder of the `calltape up` to ask, where REDIS_URL and DATABASE_URL are not set',
-    DATA_FOLDER,
-  )
+  .option(...DATA_OPTION)
   .action(async (callSid: string, options: { json?: boolean; data: string }) =>
     (await import('./show.js')).show(callSid, options),
+  )
+
+program
+  .command('verify')
+  .description('compare every stream entry in Redis with PostgreSQL; exit code 1 if anything is missing or different')
+  .option('--call <sid>', 'only this call')
+  .option('--from <time>', 'only what arrived from then on: epoch ms, an entry id, or 2026-01-31T09:00:00Z')
+  .option('--to <time>', 'only what arrived until then')
+  .option('--wait <seconds>', 'how long to wait for what is not committed yet', '10')
+  .option('--json', 'as JSON')
+  .option(...DATA_OPTION)
+  .action(async (options: VerifyOptions) => (await import('./verify.js')).verify(options))
+
+const quarantine = program.command('quarantine').description('what could not be stored: list, show, retry, drop')
+
+quarantine
+  .command('list')
+  .description('what is in quarantine, the newest first')
+  .option('--call <sid>', 'only of this call')
+  .option('--limit <n>', 'most entries to list', positive('--limit', Number.isInteger), 50)
+  .option('--json', 'as JSON')
+  .option(...DATA_OPTION)
+  .action(async (options: ListOptions) => (await import('./quarantine.js')).list(options))
+
+quarantine
+  .command('show')
+  .description('all there is of an entry')
+  .argument('<id>')
+  .option('--json', 'as JSON')
+  .option(...DATA_OPTION)
+  .action(async (id: string, options: { data: string; json?: boolean }) =>
+    (await import('./quarantine.js')).show(id, options),
+  )
+
+quarantine
+  .command('retry')
+  .description('store entries whose cause is mended; exit code 1 if any cannot be stored still')
+  .argument('[id...]')
+  .option('--call <sid>', 'all of this call')
+  .option('--all', 'all there are')
+  .option(...DATA_OPTION)
+  .action(async (ids: string[], options: ChoiceOptions) => (await import('./quarantine.js')).retry(ids, options))
+
+quarantine
+  .command('drop')
+  .description('give entries up: their data goes, that they were there is kept')
+  .argument('[id...]')
+  .option('--call <sid>', 'all of this call')
+  .option('--all', 'all there are (with --yes)')
+  .option('--yes', 'all of them is meant')
+  .option(...DATA_OPTION)
+  .action(async (ids: string[], options: ChoiceOptions & { yes?: boolean }) =>
+    (await import('./quarantine.js')).drop(ids, options),
   )
 
 function positive(option: string, isFit: (value: number) => boolean = Number.isFinite) {

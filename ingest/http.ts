@@ -1,8 +1,8 @@
-/** `POST /v1/events`: a body of events, each judged by itself; answered once Redis has the good ones. */
+/** `POST /v1/events`: a body of events, each judged by itself; answered once Redis (or the spool) has the good ones. */
 import { isUtf8 } from 'node:buffer'
-import { parseEvent, parseJson, Refusal } from '../shared/events.js'
+import { type CallEvent, parseEvent, parseJson, Refusal } from '../shared/events.js'
 import type { IngestMetrics } from '../shared/metrics.js'
-import type { Appender, Origin } from './append.js'
+import type { Deliveries } from './deliver.js'
 
 export interface Answer {
   status: string
@@ -10,8 +10,6 @@ export interface Answer {
   headers?: Record<string, string>
 }
 
-/** How long a request waits for Redis before it is told to come back. */
-const REDIS_TIMEOUT_MS = 5000
 const RETRY_AFTER_SECONDS = '2'
 /** Many times what a body of real events has; the answer may have to name each of them. */
 const MAX_BODY_EVENTS = 100_000
@@ -23,51 +21,13 @@ export function problem(status: string, code: string, message: string, headers?:
 export const overloaded = (message: string): Answer =>
   problem('503 Service Unavailable', 'unavailable', message, { 'Retry-After': RETRY_AFTER_SECONDS })
 
+export const badQuery = (message: string): Answer => problem('400 Bad Request', 'invalid_query', message)
+
 interface Rejected {
   index: number
   code: string
   message: string
   path?: string | undefined
-}
-
-/** Waits for the events of one request. */
-class Request implements Origin {
-  private left = 1 // `sealed` takes it away, so that it cannot reach 0 before all events are in
-  private readonly rejected: Rejected[] = []
-  private accepted = 0
-  readonly stored: Promise<void>
-  private resolve = () => {}
-
-  constructor() {
-    this.stored = new Promise((resolve) => {
-      this.resolve = resolve
-    })
-  }
-
-  expect(): void {
-    this.left++
-  }
-
-  settle(index: number, refusal?: Refusal): void {
-    if (refusal) this.rejected.push({ index, ...refusal })
-    else this.accepted++
-    this.done()
-  }
-
-  sealed(): void {
-    this.done()
-  }
-
-  settled(): void {}
-
-  answer(): Answer {
-    this.rejected.sort((a, b) => a.index - b.index)
-    return { status: '200 OK', body: { accepted: this.accepted, rejected: this.rejected } }
-  }
-
-  private done(): void {
-    if (--this.left === 0) this.resolve()
-  }
 }
 
 const tooMany = problem(
@@ -96,49 +56,55 @@ function readJson(text: string): unknown[] | Answer {
 
 const CONTENT_TYPES = ['application/json', 'application/x-ndjson']
 
-/** @param contentType the header's value */
+/**
+ * @param contentType the header's value
+ * @param query `spool=true`: what Redis cannot take goes to the disk, for a producer that would not send it again
+ */
 export async function postEvents(
   contentType: string,
+  query: URLSearchParams,
   body: Buffer,
-  appender: Appender,
+  deliveries: Deliveries,
   metrics: IngestMetrics,
 ): Promise<Answer> {
+  const spool = query.get('spool') ?? 'false'
+  if (spool !== 'true' && spool !== 'false') return badQuery('spool wants true or false')
   const mediaType = contentType.split(';')[0]!.trim().toLowerCase()
   if (!CONTENT_TYPES.includes(mediaType)) {
     const wants = `Content-Type wants ${CONTENT_TYPES.join(' or ')}; got ${contentType.slice(0, 100) || 'none'}`
     return problem('415 Unsupported Media Type', 'unsupported_media_type', wants)
   }
   if (!isUtf8(body)) return problem('400 Bad Request', 'invalid_utf8', 'the body is not UTF-8')
-  if (appender.isFull) return overloaded('the stores cannot take more now')
-  const events = readBody(mediaType, body.toString('utf8'))
-  if (!Array.isArray(events)) return events
+  const spoolable = spool === 'true' && deliveries.spool !== undefined
+  if (!spoolable && deliveries.appender.isFull) return overloaded('the stores cannot take more now')
+  const given = readBody(mediaType, body.toString('utf8'))
+  if (!Array.isArray(given)) return given
 
-  const request = new Request()
-  events.forEach((given, index) => {
-    const parsed = given instanceof Refusal ? given : parseEvent(given)
-    request.expect()
-    if (parsed instanceof Refusal) {
-      metrics.refused.inc({ code: parsed.code })
-      request.settle(index, parsed)
-    } else {
-      appender.append(parsed.event, JSON.stringify(parsed.event), request, index)
-    }
-  })
-  request.sealed()
-  const late = overloaded(
-    'Redis did not answer in time; the events may be stored all the same, so send them again with their id or seq',
-  )
-  return inTime(
-    request.stored.then(() => request.answer()),
-    late,
-  )
+  const { events, indexes, rejected } = judge(given, metrics)
+  const delivered = await (spoolable ? deliveries.deliverOrSpool(events) : deliveries.deliver(events))
+  if (delivered.state === 'unavailable') return overloaded(delivered.reason ?? 'the stores cannot take more now')
+  for (const { index, refusal } of delivered.refused) rejected.push({ index: indexes[index]!, ...refusal })
+  rejected.sort((a, b) => a.index - b.index)
+  const accepted = given.length - rejected.length
+  return delivered.state === 'stored'
+    ? { status: '200 OK', body: { accepted, rejected } }
+    : { status: '202 Accepted', body: { accepted, spooled: true, rejected } }
 }
 
-/** @returns `late` when the result is not there in time */
-async function inTime<T>(result: Promise<T>, late: T): Promise<T> {
-  let timer: NodeJS.Timeout | undefined
-  const timeout = new Promise<T>((resolve) => {
-    timer = setTimeout(() => resolve(late), REDIS_TIMEOUT_MS)
+/** @returns the good ones with their places in the body, and the others by name */
+function judge(given: unknown[], metrics: IngestMetrics) {
+  const events: CallEvent[] = []
+  const indexes: number[] = []
+  const rejected: Rejected[] = []
+  given.forEach((each, index) => {
+    const parsed = each instanceof Refusal ? each : parseEvent(each)
+    if (parsed instanceof Refusal) {
+      metrics.refused.inc({ code: parsed.code })
+      rejected.push({ index, ...parsed })
+    } else {
+      events.push(parsed.event)
+      indexes.push(index)
+    }
   })
-  return Promise.race([result, timeout]).finally(() => clearTimeout(timer))
+  return { events, indexes, rejected }
 }

@@ -3,13 +3,15 @@ import { type Config, OperatorError } from '../shared/config.js'
 import { parseEvent, Refusal } from '../shared/events.js'
 import type { Partitions } from '../shared/keys.js'
 import type { Logger } from '../shared/log.js'
-import { createIngestMetrics } from '../shared/metrics.js'
-import { connectRedis, openPartitions, type RedisClient } from '../shared/redis.js'
+import { createIngestMetrics, type IngestMetrics } from '../shared/metrics.js'
+import { connectRedis, openPartitions, type RedisClient, warnOfLoss } from '../shared/redis.js'
 import { Appender } from './append.js'
 import { listOpenCalls, readLiveCall } from './calls.js'
+import { Deliveries } from './deliver.js'
 import { durabilityCheck } from './durability.js'
-import { type Answer, overloaded, postEvents, problem } from './http.js'
+import { type Answer, badQuery, overloaded, postEvents, problem } from './http.js'
 import { listen, type Routes } from './server.js'
+import { Spool } from './spool.js'
 import { StreamConnection } from './stream.js'
 
 export interface Ingest {
@@ -31,6 +33,7 @@ export async function startIngest(config: Config, log: Logger): Promise<Ingest> 
   const redis = await connectRedis(config.REDIS_URL, log)
   try {
     const partitions = await openPartitions(redis, config.PARTITIONS)
+    await warnOfLoss(redis, log)
     const confirm = await durabilityCheck(redis, config.DURABILITY)
     const metrics = createIngestMetrics()
     const appender = new Appender(
@@ -45,6 +48,8 @@ export async function startIngest(config: Config, log: Logger): Promise<Ingest> 
       metrics,
       log,
     )
+    const deliveries = new Deliveries(appender)
+    let starting = true
     let stopping = false
 
     const routes: Routes = {
@@ -68,17 +73,21 @@ export async function startIngest(config: Config, log: Logger): Promise<Ingest> 
           },
         }
       },
-      async postEvents(contentType, body) {
-        return stopping ? overloaded('the process is stopping') : postEvents(contentType, body, appender, metrics)
+      async postEvents(contentType, query, body) {
+        if (starting) return overloaded('the process is starting')
+        if (stopping) return overloaded('the process is stopping')
+        return postEvents(contentType, query, body, deliveries, metrics)
       },
       listCalls: (query) => listCalls(redis, partitions, query),
       getCall: (callSid) => getCall(redis, partitions, callSid),
       async metrics() {
         appender.observe()
+        deliveries.spool?.observe()
         const { registry } = metrics
         return { status: '200 OK', headers: { 'Content-Type': registry.contentType }, body: await registry.metrics() }
       },
       ready() {
+        if (starting) return problem('503 Service Unavailable', 'starting', 'the process is starting')
         if (stopping) return problem('503 Service Unavailable', 'stopping', 'the process is stopping')
         if (redis.status !== 'ready') return problem('503 Service Unavailable', 'redis', `Redis: ${redis.status}`)
         if (appender.waitingMs > UNREADY_AFTER_MS) {
@@ -101,6 +110,15 @@ export async function startIngest(config: Config, log: Logger): Promise<Ingest> 
       },
       routes,
     )
+    try {
+      // Not before the port is ours: a second ingest on this machine, started by mistake, must not take the spool away.
+      deliveries.spool = await openSpool(config, appender, metrics, log)
+    } catch (error) {
+      server.stopListening()
+      server.closeConnections()
+      throw error
+    }
+    starting = false
     const url = `${tls ? 'https' : 'http'}://${host.includes(':') ? `[${host}]` : host}:${server.port}`
     log.info({ url, partitions: partitions.all.length, durability: config.DURABILITY }, 'ingest listens')
     return {
@@ -108,6 +126,7 @@ export async function startIngest(config: Config, log: Logger): Promise<Ingest> 
       async stop() {
         stopping = true
         server.stopListening()
+        deliveries.spool?.stopReplay()
         const stored = await appender.drain(STOP_TIMEOUT_MS)
         server.closeConnections()
         // Closing bound connections records that they closed.
@@ -117,6 +136,7 @@ export async function startIngest(config: Config, log: Logger): Promise<Ingest> 
             'ingest stops although Redis has not stored all it was given',
           )
         }
+        await deliveries.spool?.close()
         appender.abandon()
         redis.disconnect()
         log.info('ingest stopped')
@@ -126,6 +146,11 @@ export async function startIngest(config: Config, log: Logger): Promise<Ingest> 
     redis.disconnect()
     throw error
   }
+}
+
+async function openSpool(config: Config, appender: Appender, metrics: IngestMetrics, log: Logger) {
+  if (config.SPOOL_DIR === undefined) return undefined
+  return await Spool.open({ directory: config.SPOOL_DIR, maxBytes: config.SPOOL_MAX_BYTES }, appender, metrics, log)
 }
 
 async function listCalls(redis: RedisClient, partitions: Partitions, query: URLSearchParams): Promise<Answer> {
@@ -139,10 +164,6 @@ async function listCalls(redis: RedisClient, partitions: Partitions, query: URLS
 async function getCall(redis: RedisClient, partitions: Partitions, callSid: string): Promise<Answer> {
   const call = await readLiveCall(redis, partitions, callSid)
   return call ? { status: '200 OK', body: call } : problem('404 Not Found', 'unknown_call', 'Redis has no such call')
-}
-
-function badQuery(message: string): Answer {
-  return problem('400 Bad Request', 'invalid_query', message)
 }
 
 /** Without tokens anybody who can reach the port can write calls: then only this machine may reach it. */

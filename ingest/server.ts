@@ -18,7 +18,7 @@ export interface Connection {
 export interface Routes {
   /** A new `/v1/stream` connection; a Refusal closes it. */
   stream(socket: Socket, query: URLSearchParams): Connection | Refusal
-  postEvents(contentType: string, body: Buffer): Promise<Answer>
+  postEvents(contentType: string, query: URLSearchParams, body: Buffer): Promise<Answer>
   listCalls(query: URLSearchParams): Promise<Answer>
   getCall(callSid: string): Promise<Answer>
   metrics(): Promise<Answer>
@@ -66,12 +66,13 @@ export function listen(options: ServerOptions, routes: Routes): Promise<Server> 
 
   app.post('/v1/events', (res, req) => {
     const contentType = req.getHeader('content-type')
+    const query = new URLSearchParams(req.getQuery())
     const answer = respond(res, req)
     if (!allowed(req)) return answer(UNAUTHORIZED, true)
     if (Number(req.getHeader('content-length') || 0) > options.maxBodyBytes) return answer(tooLarge(options), true)
     readBody(res, options.maxBodyBytes, (body) => {
       if (body === undefined) answer(tooLarge(options), true)
-      else answerWith(answer, routes.postEvents(contentType, body))
+      else answerWith(answer, routes.postEvents(contentType, query, body))
     })
   })
   anythingElse(app, '/v1/events', 'POST')

@@ -95,6 +95,7 @@ describe('what_is_wrong_is_named', () => {
     ['MAX_MESSAGE_BYTES', '10', /1024/],
     ['MAX_BODY_BYTES', '1e12', /536870912/],
     ['MAX_QUEUE_BYTES', '1', /1048576/],
+    ['SPOOL_MAX_BYTES', '1', /1048576/],
     ['IDLE_TIMEOUT', '0', /1/],
     ['DISCONNECT_GRACE', '-1', /0/],
     ['LOG_LEVEL', 'verbose', /info/],

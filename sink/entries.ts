@@ -1,0 +1,48 @@
+/** Stream entries outside of a lease: what was stored of them long ago (verify), what is to be tried again (quarantine). */
+import type { PartitionKeys } from '../shared/keys.js'
+import { decodeCall, type Entry, type EventRow, emptyBatch, type QuarantineRow, type TurnRow } from './decode.js'
+import type { Lease } from './lease.js'
+
+/** A call as a worker that is to read it from its beginning would lease it. For decoding only: no such lease is in Redis. */
+export function leaseFromStart(callSid: string, partition: PartitionKeys): Lease {
+  return {
+    callSid,
+    partition,
+    deadline: 0,
+    cursor: '0-0',
+    waiting: 0,
+    read: 0,
+    finalized: false,
+    lapses: 0,
+    oldestMs: 0,
+    bytesAnEntry: 0,
+  }
+}
+
+/** What a worker makes of an entry: the row of a turn, of another event, or of the quarantine. */
+export type DecodedEntry = { turn: TurnRow } | { event: EventRow } | { refused: QuarantineRow }
+
+/** Decodes one entry exactly as a worker does. */
+export function decodeAlone(lease: Lease, entry: Entry): DecodedEntry {
+  const batch = emptyBatch<TurnRow[]>([])
+  decodeCall(lease, [entry], batch)
+  const [turn, event, refused] = [batch.turns[0], batch.events[0], batch.quarantine[0]]
+  if (turn) return { turn }
+  if (event) return { event }
+  return { refused: refused! }
+}
+
+/** An entry id as Redis writes it: two decimal numbers of 64 bits. */
+export const isEntryId = (id: string) => /^(0|[1-9]\d{0,19})-(0|[1-9]\d{0,19})$/.test(id)
+
+/** Which of two entry ids is the earlier one: negative when it is `a`. Their numbers are too long for a double. */
+export function compareIds(a: string, b: string): number {
+  const [aMs = '', aNth = ''] = a.split('-')
+  const [bMs = '', bNth = ''] = b.split('-')
+  return compareDecimals(aMs, bMs) || compareDecimals(aNth, bNth)
+}
+
+function compareDecimals(a: string, b: string): number {
+  if (a.length !== b.length) return a.length - b.length
+  return a < b ? -1 : Number(a > b)
+}
