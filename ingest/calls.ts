@@ -29,7 +29,7 @@ export async function readLiveCall(
     client.xinfo('GROUPS', stream).catch(ignoreNoStream),
   ])
   if (events === 0 && Object.keys(session).length === 0) return undefined
-  const { bytes: _bytes, lapses: _lapses, alone: _alone, connection_id: _id, ...shown } = session
+  const { bytes: _bytes, lapses: _lapses, alone: _alone, connection_id: _id, end_quarantined: _end, ...shown } = session
   const lastId = last[0]?.[0]
   return {
     call_sid: callSid,

@@ -8,7 +8,8 @@
  *     ct:{p}:session:<sid>  hash, the live session: what producers said last (`status`, `direction`, `from`, `stage`, …),
  *                           `connection` (of a bound one: connected or disconnected), `connection_id` (the latest one's),
  *                           `ended` (1 once it is over; `presumed`: unless it goes on after all), `bytes` (of JSON appended),
- *                           `lapses` (deliveries in a row that came to nothing), `alone` (the entry that is being tried alone)
+ *                           `lapses` (deliveries in a row that came to nothing), `alone` (the entry that is being tried alone),
+ *                           `end_quarantined` (its end could not be stored, and was said in other words)
  *     ct:{p}:ready          zset: calls with uncommitted entries that no sink works on, by when the first of them arrived (ms)
  *     ct:{p}:leased         zset: calls a sink works on, by lease deadline (ms)
  *     ct:{p}:open           zset: calls that have not ended, by when they will be presumed over (ms)

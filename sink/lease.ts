@@ -44,6 +44,8 @@ export interface Settlement {
   finalized: boolean
   /** It is given back because it came to nothing, and perhaps that was its own doing. */
   lapsed?: boolean
+  /** Something that could be read is in quarantine now: it may have been the call's end. */
+  quarantined?: boolean
 }
 
 export interface Settled {
@@ -164,11 +166,11 @@ export class Leases {
     const first = group[0]!.lease
     const keys = [this.laneOf.get(first.partition)!.wake]
     const args: (string | number)[] = [first.deadline]
-    for (const { lease, last, count, finalized, lapsed } of group) {
+    for (const { lease, last, count, finalized, lapsed, quarantined } of group) {
       const p = lease.partition
       keys.push(p.ready, p.leased, p.open, p.ended, p.streamPrefix + lease.callSid, p.sessionPrefix + lease.callSid)
       const read = lease.read < 0 ? -1 : lease.read + count
-      args.push(lease.callSid, last ?? lease.cursor, read, finalized ? 1 : 0)
+      args.push(lease.callSid, last ?? lease.cursor, read, finalized ? 1 : quarantined ? 2 : 0)
       if (lapsed) args.push(2)
       else if (lease.lapses === 0) args.push(0)
       else args.push(last === undefined ? 3 : 1)

@@ -9,7 +9,7 @@
 --       then for each call: call_sid
 --                           last entry committed (the cursor as it was: the call is only given back)
 --                           entries read by the group up to there (-1: unknown)
---                           1 if the call is finalized, else 0
+--                           1 if the call is finalized, 2 if what was to end it may be in quarantine now, else 0
 --                           its lapses: 0 it had none; 1 forget them; 2 this delivery was one more; 3 leave them
 -- Reply {number of leases that had lapsed, {partition numbers with calls that are ready again},
 --        {call_sid, entries that were added behind the cursor and are gone: lost} for each call with any}
@@ -55,6 +55,11 @@ for c = 0, (#KEYS - 1) / 6 - 1 do
     if ARGV[a + 3] == '1' and not (redis.call('ZSCORE', open, sid) and not redis.pcall('HGET', KEYS[k + 5], 'ended')) then
       redis.call('ZREM', open, sid)
       redis.call('ZADD', ended, now, sid)
+    end
+    -- An end that could not be stored: the reaper says it in our own words, once.
+    if ARGV[a + 3] == '2' and not redis.call('ZSCORE', ended, sid) and redis.pcall('HGET', KEYS[k + 5], 'ended') == '1'
+      and redis.call('HSETNX', KEYS[k + 5], 'end_quarantined', '1') == 1 then
+      redis.call('ZADD', open, now, sid)
     end
     if news then
       local partition = string.match(ready, '{(%d+)}')

@@ -98,15 +98,12 @@ export class Store {
   /** @param error why all of them together cannot be stored */
   private async storeHalves(lease: Lease, entries: Entry[], error: Error): Promise<Settlement> {
     const last = entries.at(-1)![0]
-    if (entries.length === 1) {
-      await this.quarantine(lease, entries[0]!, `not_storable: ${error.message}`)
-      return { lease, last, count: 1, finalized: lease.finalized }
-    }
+    if (entries.length === 1) return this.quarantine(lease, entries[0]!, `not_storable: ${error.message}`)
     const middle = entries.length >> 1
     const first = await this.storeEntries(lease, entries.slice(0, middle))
     const rest = { ...lease, cursor: first.last!, finalized: first.finalized }
     const second = await this.storeEntries(rest, entries.slice(middle))
-    return { lease, last, count: entries.length, finalized: second.finalized }
+    return { lease, last, count: entries.length, finalized: second.finalized, quarantined: true }
   }
 
   /**
@@ -115,44 +112,47 @@ export class Store {
    * is not tried again.
    */
   private async storeOneByOne(lease: Lease): Promise<Settlement> {
+    let quarantined = false
     for (const entry of await this.entriesOf(lease, ALONE_ENTRIES)) {
       const [id] = entry
       const isHeld = await this.context.leases.isolate(lease, lease.cursor, lease.read, id)
       if (!isHeld) return { lease, last: undefined, count: 0, finalized: false }
-      if (id === lease.alone) {
-        await this.quarantine(
-          lease,
-          entry,
-          `poison: ${lease.lapses} deliveries came to nothing, the last one of it alone`,
-        )
-      } else {
-        lease.finalized = await this.storeAlone(lease, entry)
-      }
+      const stored = await this.storeAlone(lease, entry)
+      quarantined ||= stored.quarantined ?? false
+      lease.finalized = stored.finalized
       lease.cursor = id
       if (lease.read >= 0) lease.read++
     }
-    return { lease, last: lease.cursor, count: 0, finalized: lease.finalized }
+    return { lease, last: lease.cursor, count: 0, finalized: lease.finalized, quarantined }
   }
 
-  /** @returns whether the call is finalized */
-  private async storeAlone(lease: Lease, entry: Entry): Promise<boolean> {
+  private async storeAlone(lease: Lease, entry: Entry): Promise<Settlement> {
+    if (entry[0] === lease.alone) {
+      const reason = `poison: ${lease.lapses} deliveries came to nothing, the last one of it alone`
+      return this.quarantine(lease, entry, reason)
+    }
     try {
-      return (await this.storeEntries(lease, [entry])).finalized
+      return await this.storeEntries(lease, [entry])
     } catch (error) {
       // If nothing else can be stored either, it is hardly this entry's fault.
       if (!(error instanceof NotStored && error.verdict === 'unclear' && this.context.progress.othersSucceed))
         throw error
-      await this.quarantine(lease, entry, `fails: ${error.message}`)
-      return lease.finalized
+      return this.quarantine(lease, entry, `fails: ${error.message}`)
     }
   }
 
-  private async quarantine(lease: Lease, entry: Entry, reason: string): Promise<void> {
+  private async quarantine(lease: Lease, entry: Entry, reason: string): Promise<Settlement> {
     const [id] = entry
-    const settlement = { lease, last: id, count: 1, finalized: lease.finalized }
+    const settlement = { lease, last: id, count: 1, finalized: lease.finalized, quarantined: true }
     const quarantine = [quarantineRow(lease, entry, reason)]
-    const batch = emptyBatch(new EncodedTurns())
-    await this.write({ ...batch, quarantine, settlements: [settlement], oldestMs: entryMs(id) })
+    const batch = { ...emptyBatch(new EncodedTurns()), quarantine, settlements: [settlement], oldestMs: entryMs(id) }
+    // It may be the call's first entry, and then nobody else makes its row; unless that is what cannot be stored.
+    const row = { callSid: lease.callSid, firstMs: entryMs(id), lastMs: null, finalize: false }
+    await this.write({ ...batch, calls: [row] }).catch((error: unknown) => {
+      if (!isForItsData(error)) throw error
+      return this.write(batch)
+    })
+    return settlement
   }
 
   private async write(batch: Batch<EncodedTurns>): Promise<void> {

@@ -129,3 +129,40 @@ describe.concurrent('leases', () => {
     await calls.stack.end()
   })
 })
+
+describe.concurrent('what a rule of the database refuses', () => {
+  test('as_the_first_entry_of_a_call_does_not_keep_its_row_from_being_made', async () => {
+    const calls = await Calls.start()
+    await calls.query(`ALTER TABLE call_transcript_turns ADD CHECK (text <> 'odd')`)
+    const sid = newSid()
+    await calls.storeSettled(turn(sid, 0, 'odd'), turn(sid, 1))
+    expect(await seqsOf(calls, sid)).toEqual([1])
+    expect(await calls.session(sid)).toMatchObject({ status: 'in-progress', finalized_at: null })
+    await calls.stack.end()
+  })
+
+  test('as_the_end_of_a_call_does_not_leave_it_live_for_ever', async () => {
+    const calls = await Calls.start()
+    await calls.query(`ALTER TABLE call_events ADD CHECK (event->>'reason' <> 'odd')`)
+    const sid = newSid()
+    await calls.producer.store(turn(sid, 0), { type: 'call.ended', call_sid: sid, reason: 'odd' })
+    const row = await until('it is finalized', async () => {
+      const session = await calls.session(sid)
+      return session?.finalized_at ? session : undefined
+    })
+    expect(row).toMatchObject({ end_reason: 'abandoned', turn_count: 1 })
+    expect(await calls.quarantined(sid)).toHaveLength(1)
+    await calls.stack.end()
+  })
+
+  test('as_every_end_there_can_be_is_not_tried_for_ever', async () => {
+    const calls = await Calls.start()
+    await calls.query(`ALTER TABLE call_events ADD CHECK (type <> 'call.ended')`)
+    const sid = newSid()
+    await calls.producer.store(turn(sid, 0), ended(sid, 1))
+    await until('our own end is in quarantine, too', async () => (await calls.quarantined(sid)).length === 2)
+    await sleep(3000)
+    expect(await calls.quarantined(sid)).toHaveLength(2)
+    await calls.stack.end()
+  })
+})

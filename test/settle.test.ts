@@ -112,7 +112,11 @@ test('an_expired_holder_moves_and_releases_nothing', async () => {
   await producer.store(turn(sid, 0), turn(sid, 1), { type: 'call.ended', call_sid: sid })
   const slow = await take(leases, redis, { leaseMs: 20 })
   await until('its lease lapses', async () => (await leases.reclaim(10)).length > 0)
-  expect(await leases.settle([committed(slow, 3, true)]), 'nobody has it yet').toEqual({ lapsed: 1, again: [], lost: [] })
+  expect(await leases.settle([committed(slow, 3, true)]), 'nobody has it yet').toEqual({
+    lapsed: 1,
+    again: [],
+    lost: [],
+  })
   const ready = await placesOf(redis, sid)
   expect(Object.keys(ready)).toEqual(['ready'])
   const other = await take(leases, redis)
@@ -165,7 +169,11 @@ test('a_call_that_turned_out_to_have_nothing_new_is_left_alone_when_given_back',
   const { lease, entries } = await take(leases, redis)
   expect(entries).toEqual([])
   // It had not been committed: somebody has deleted it.
-  expect(await leases.settle([givenBack(lease)])).toEqual({ lapsed: 0, again: [], lost: [{ callSid: sid, entries: 1 }] })
+  expect(await leases.settle([givenBack(lease)])).toEqual({
+    lapsed: 0,
+    again: [],
+    lost: [{ callSid: sid, entries: 1 }],
+  })
   expect(Object.keys(await placesOf(redis, sid))).toEqual(['open'])
 })
 

@@ -1,6 +1,5 @@
 /** What the suites of the Redis protocol share: producers, a look into streams and groups, a connection that can be cut. */
 import { mkdtemp, rm } from 'node:fs/promises'
-import { type AddressInfo, connect, createServer, type Server, type Socket } from 'node:net'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import getPort from 'get-port'
@@ -14,6 +13,8 @@ import type { Entry } from '../../sink/decode.js'
 import type { Lease, LeaseLimits, Leases, Settlement } from '../../sink/lease.js'
 import { readEntries } from '../../sink/read.js'
 import { log } from './stores.js'
+
+export { Relay } from './relay.js'
 
 export interface Store {
   client: RedisClient
@@ -174,69 +175,6 @@ export async function ownRedis(mode: 'single' | 'cluster' = 'single'): Promise<L
       await server.stop()
       await rm(folder, { recursive: true, force: true })
     },
-  }
-}
-
-/** Stands between a client and Redis, to hold back what they say to each other and to cut them off in between. */
-export class Relay {
-  holdRequests = false
-  holdReplies = false
-  private heldRequests: [Socket, Buffer][] = []
-  private heldReplies: [Socket, Buffer][] = []
-  private readonly sockets = new Set<Socket>()
-
-  private constructor(
-    private readonly server: Server,
-    readonly url: string,
-  ) {}
-
-  static async start(redisUrl: string): Promise<Relay> {
-    const target = new URL(redisUrl)
-    const server = createServer((client) => {
-      const redis = connect(Number(target.port), target.hostname)
-      client.on('data', (data) => (relay.holdRequests ? relay.heldRequests.push([redis, data]) : redis.write(data)))
-      redis.on('data', (data) => (relay.holdReplies ? relay.heldReplies.push([client, data]) : client.write(data)))
-      for (const [socket, other] of [[client, redis] as const, [redis, client] as const]) {
-        relay.sockets.add(socket)
-        socket.on('error', () => undefined) // a cut connection: its 'close' follows
-        socket.on('close', () => {
-          relay.sockets.delete(socket)
-          other.destroy()
-        })
-      }
-    })
-    await new Promise<void>((resolve) => server.listen(0, '127.0.0.1', resolve))
-    const url = new URL(redisUrl)
-    url.port = String((server.address() as AddressInfo).port)
-    const relay = new Relay(server, url.href)
-    return relay
-  }
-
-  get holdsRequests(): boolean {
-    return this.heldRequests.length > 0
-  }
-
-  get holdsReplies(): boolean {
-    return this.heldReplies.length > 0
-  }
-
-  release(): void {
-    this.holdRequests = false
-    this.holdReplies = false
-    for (const [to, data] of [...this.heldRequests.splice(0), ...this.heldReplies.splice(0)]) to.write(data)
-  }
-
-  /** What is held is lost; new connections pass. */
-  cut(): void {
-    this.heldRequests = []
-    this.heldReplies = []
-    for (const socket of this.sockets) socket.destroy()
-    this.release()
-  }
-
-  async stop(): Promise<void> {
-    this.cut()
-    await new Promise((resolve) => this.server.close(resolve))
   }
 }
 
