@@ -16,6 +16,7 @@ import type { PartitionKeys, Partitions } from '../shared/keys.js'
 import type { Logger } from '../shared/log.js'
 import type { IngestMetrics } from '../shared/metrics.js'
 import { isNoScript, type Lane, lanesOf, type RedisClient, Script } from '../shared/redis.js'
+import { FairQueue, type Waiting } from './fair-queue.js'
 import { sessionFields } from './session.js'
 
 const MAX_BATCH_EVENTS = 512
@@ -51,15 +52,13 @@ interface CallBatch {
 
 interface Batch {
   number: number
-  /** When its first event came, ms epoch. */
+  /** When it was made up, ms epoch. */
   since: number
   events: number
   bytes: number
   calls: Map<string, CallBatch>
-  /** It is in flight. */
+  /** It is in flight. Once it has been, Redis may have applied it: nothing may be added. */
   sent: boolean
-  /** It has been sent before: Redis may have applied it, so nothing may be added. */
-  sealed: boolean
 }
 
 export interface AppenderOptions {
@@ -72,8 +71,10 @@ export interface AppenderOptions {
 
 /** The events of one lane, in numbered batches. */
 class LaneQueue {
-  /** In order; the first ones are in flight, the last one is still being filled. */
+  /** Those in flight, or to be sent again, in order. */
   private readonly batches: Batch[] = []
+  /** Made up into a batch only when one can be sent: until then whoever comes next gets his turn. */
+  private readonly queue = new FairQueue()
   private inFlight = 0
   private nextNumber = 1
   private failing = false
@@ -85,17 +86,25 @@ class LaneQueue {
     private readonly lane: Lane,
     private readonly client: RedisClient,
     private readonly appender: Appender,
+    private readonly partitions: Partitions,
     producer: string,
   ) {
     this.producerKey = lane.partitions[0]!.producerPrefix + producer
   }
 
-  /** The batch that takes `bytes` more. */
-  open(bytes: number): Batch {
-    const last = this.batches.at(-1)
-    if (last && !last.sealed && last.events < MAX_BATCH_EVENTS && last.bytes + bytes <= MAX_BATCH_BYTES) return last
-    const number = this.nextNumber++
-    const batch = { number, since: Date.now(), events: 0, bytes: 0, calls: new Map(), sent: false, sealed: false }
+  push(waiting: Waiting): void {
+    this.queue.push(waiting)
+  }
+
+  private nextBatch(): Batch {
+    const batch = { number: this.nextNumber++, since: Date.now(), events: 0, bytes: 0, calls: new Map(), sent: false }
+    this.queue.take((waiting) => {
+      const { length } = waiting.payload
+      if (batch.events === MAX_BATCH_EVENTS || (batch.events > 0 && batch.bytes + length > MAX_BATCH_BYTES))
+        return false
+      add(batch, waiting, this.partitions.of(waiting.event.call_sid))
+      return true
+    })
     this.batches.push(batch)
     return batch
   }
@@ -106,15 +115,13 @@ class LaneQueue {
   }
 
   flush(): void {
-    for (const batch of this.batches) {
-      if (this.failing || this.appender.isAbandoned || this.inFlight >= MAX_IN_FLIGHT) return
-      if (!batch.sent) void this.send(batch)
-    }
+    const canSend = () => !this.failing && !this.appender.isAbandoned && this.inFlight < MAX_IN_FLIGHT
+    for (const batch of this.batches) if (!batch.sent && canSend()) void this.send(batch)
+    while (!this.queue.isEmpty && canSend()) void this.send(this.nextBatch())
   }
 
   private async send(batch: Batch): Promise<void> {
     batch.sent = true
-    batch.sealed = true
     this.inFlight++
     const started = performance.now()
     const { keys, args } = this.encode(batch)
@@ -190,6 +197,24 @@ class LaneQueue {
   }
 }
 
+function add(batch: Batch, { event, payload, origin, position }: Waiting, partition: PartitionKeys): void {
+  let call = batch.calls.get(event.call_sid)
+  if (!call) {
+    call = { partition, bytes: 0, resumes: false, payloads: [], origins: [], positions: [], session: [] }
+    batch.calls.set(event.call_sid, call)
+  }
+  // A UTF-16 unit takes one to three bytes; an estimate is good enough for limits, and cheaper than measuring.
+  const bytes = payload.length
+  call.payloads.push(payload)
+  call.origins.push(origin)
+  call.positions.push(position)
+  call.bytes += bytes
+  if (resumes(event)) call.resumes = true
+  batch.bytes += bytes
+  batch.events++
+  for (const field of sessionFields(event)) call.session.push(field)
+}
+
 export class Appender {
   private readonly lanes: LaneQueue[]
   private flushScheduled = false
@@ -208,7 +233,7 @@ export class Appender {
     private readonly log: Logger,
   ) {
     const producer = randomUUID()
-    this.lanes = lanesOf(client, partitions).map((lane) => new LaneQueue(lane, client, this, producer))
+    this.lanes = lanesOf(client, partitions).map((lane) => new LaneQueue(lane, client, this, partitions, producer))
   }
 
   /** True when no more should be taken in until Redis has caught up. */
@@ -228,26 +253,11 @@ export class Appender {
    * @param payload the event's JSON, as it goes into the stream
    */
   append(event: CallEvent, payload: string, origin: Origin, position: number): void {
-    const partition = this.partitions.of(event.call_sid)
-    const lane = this.lanes.length === 1 ? this.lanes[0]! : this.lanes[partition.partition]!
-    // A UTF-16 unit takes one to three bytes; an estimate is good enough for limits, and cheaper than measuring.
+    const lane = this.lanes.length === 1 ? this.lanes[0]! : this.lanes[this.partitions.of(event.call_sid).partition]!
     const bytes = payload.length
-    const batch = lane.open(bytes)
-    let call = batch.calls.get(event.call_sid)
-    if (!call) {
-      call = { partition, bytes: 0, resumes: false, payloads: [], origins: [], positions: [], session: [] }
-      batch.calls.set(event.call_sid, call)
-    }
-    call.payloads.push(payload)
-    call.origins.push(origin)
-    call.positions.push(position)
-    call.bytes += bytes
-    if (resumes(event)) call.resumes = true
-    batch.bytes += bytes
-    batch.events++
+    lane.push({ event, payload, origin, position })
     this.queuedBytes += bytes + EVENT_OVERHEAD_BYTES
     this.queuedEvents++
-    for (const field of sessionFields(event)) call.session.push(field)
     if (!this.flushScheduled) {
       this.flushScheduled = true
       // After this turn of the event loop: whatever else its sockets brought goes into the same flush.

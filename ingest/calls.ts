@@ -2,6 +2,9 @@
 import { GROUP, type PartitionKeys, type Partitions } from '../shared/keys.js'
 import type { RedisClient } from '../shared/redis.js'
 
+/** Fields of the session that are calltape's own business. */
+const OWN_FIELDS = new Set(['bytes', 'lapses', 'alone', 'presumed', 'connection_id', 'end_quarantined'])
+
 export interface LiveCall {
   call_sid: string
   /** What the producers said of the call, as strings: status, direction, from, to, provider, stage, outcome, … */
@@ -29,7 +32,7 @@ export async function readLiveCall(
     client.xinfo('GROUPS', stream).catch(ignoreNoStream),
   ])
   if (events === 0 && Object.keys(session).length === 0) return undefined
-  const { bytes: _bytes, lapses: _lapses, alone: _alone, connection_id: _id, end_quarantined: _end, ...shown } = session
+  const shown = Object.fromEntries(Object.entries(session).filter(([field]) => !OWN_FIELDS.has(field)))
   const lastId = last[0]?.[0]
   return {
     call_sid: callSid,

@@ -26,7 +26,7 @@ CREATE TABLE call_transcript_turns (
 -- the same in whatever order, and however often, events arrive.
 CREATE TABLE call_events (
   call_sid    text COLLATE "C" NOT NULL,
-  event_id    text COLLATE "C" NOT NULL, -- the idempotency key: id, else the stream entry's id
+  event_id    text COLLATE "C" NOT NULL, -- the idempotency key: type and id, else the stream entry's id
   type        text NOT NULL,
   occurred_at timestamptz NOT NULL,
   event       jsonb NOT NULL,

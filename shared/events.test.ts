@@ -347,7 +347,7 @@ describe('idempotency', () => {
     expect(key(turn())).toBe('17-3')
     expect(key(turn({ id: null, seq: 4 }))).toBe('4')
     expect(key(turn({ id: null, seq: null }))).toBe('17-3')
-    expect(key(status({ id: 'mine' }))).toBe('mine')
+    expect(key(status({ id: 'mine' }))).toBe('call.status mine')
     expect(key(status({ seq: 4 })), 'seq is the key of turns only').toBe('17-3')
   })
 

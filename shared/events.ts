@@ -399,6 +399,7 @@ export function parseJson(text: string): unknown {
 
 /** The key by which a turn or a call event is one and the same however often it arrives. */
 export function idempotencyKey(event: CallEvent, entryId: string): string {
-  if (event.id !== undefined) return event.id
+  // An end that has the id of a status by mistake must not pass for a second copy of it.
+  if (event.id !== undefined) return event.type === 'turn' ? event.id : `${event.type} ${event.id}`
   return event.type === 'turn' && event.seq !== undefined ? String(event.seq) : entryId
 }

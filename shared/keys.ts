@@ -7,7 +7,7 @@
  *                           last-delivered-id is the last entry committed to PostgreSQL
  *     ct:{p}:session:<sid>  hash, the live session: what producers said last (`status`, `direction`, `from`, `stage`, …),
  *                           `connection` (of a bound one: connected or disconnected), `connection_id` (the latest one's),
- *                           `ended` (1 once it is over; `presumed`: unless it goes on after all), `bytes` (of JSON appended),
+ *                           `ended` (1 once it is over; `presumed`: unless it goes on after all), `presumed` (it was so at some time), `bytes` (of JSON appended),
  *                           `lapses` (deliveries in a row that came to nothing), `alone` (the entry that is being tried alone),
  *                           `end_quarantined` (its end could not be stored, and was said in other words)
  *     ct:{p}:ready          zset: calls with uncommitted entries that no sink works on, by when the first of them arrived (ms)

@@ -46,7 +46,7 @@ describe('keys', () => {
       entry({ type: 'call.started', id: 'id' }),
       entry({ type: 'call.data', seq: 5 }, `${T}-7`),
     ])
-    expect(events.map((row) => row.eventId)).toEqual(['id', `${T}-7`])
+    expect(events.map((row) => row.eventId)).toEqual(['call.started id', `${T}-7`])
   })
 })
 
@@ -56,7 +56,7 @@ describe('rows', () => {
       [3, 1, 2].flatMap((n) => [entry({ ...turn, seq: n }), entry({ type: 'call.data', id: `${n}` })]),
     )
     expect(turns.map((row) => row.turn.seq)).toEqual([3, 1, 2])
-    expect(events.map((row) => row.eventId)).toEqual(['3', '1', '2'])
+    expect(events.map((row) => row.eventId)).toEqual(['call.data 3', 'call.data 1', 'call.data 2'])
   })
 
   test('an_event_happened_at_its_ts_else_when_it_arrived', () => {

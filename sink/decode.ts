@@ -108,7 +108,7 @@ export function decodeCall(lease: Lease, entries: Entry[], batch: Batch): void {
   // Quarantined entries alone make a row, too: the turns behind them would not, for theirs is not the first batch.
   if (firstMs === Infinity) firstMs = entryMs(entries[0]![0])
   const moved = lease.cursor === '0-0' || grain(entryMs(lease.cursor)) !== grain(entryMs(last))
-  if (finalize || moved || batch.events.length > eventsBefore) {
+  if (finalize || moved || lease.presumed || batch.events.length > eventsBefore) {
     batch.calls.push({ callSid: lease.callSid, firstMs, lastMs, finalize })
   }
   if (lease.lapses > 0) batch.redelivered = true

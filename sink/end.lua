@@ -15,7 +15,7 @@ local id = redis.pcall('XADD', KEYS[6], '*', 'e',
   '{"type":"call.ended","call_sid":"' .. sid .. '","source":"calltape","reason":"abandoned"}')
 if type(id) == 'table' then return 0 end -- a key that is not ours
 redis.pcall('XGROUP', 'CREATE', KEYS[6], 'sink', '0')
-redis.pcall('HSET', KEYS[7], 'ended', 'presumed', 'reason', 'abandoned')
+redis.pcall('HSET', KEYS[7], 'ended', 'presumed', 'presumed', '1', 'reason', 'abandoned')
 redis.call('ZADD', KEYS[2], string.match(id, '^%d+'), sid)
 redis.call('SPUBLISH', KEYS[1], ARGV[2])
 return 1

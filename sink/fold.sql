@@ -97,7 +97,8 @@ SELECT
   END,
   CASE WHEN final THEN end_reason END,
   (SELECT jsonb_object_agg(key, value ORDER BY n) FROM unnest(metas) WITH ORDINALITY AS m(object, n), jsonb_each(object)),
-  coalesce(greatest(last_at, last_event_at, last_turn_at), first_at),
+  -- Of a final row all is in the tables; what came last may be something sent again.
+  coalesce(CASE WHEN final THEN greatest(last_event_at, last_turn_at) END, greatest(last_at, last_event_at), first_at),
   CASE WHEN final THEN now() END
 FROM (
   SELECT *, coalesce(least(first_event_at, first_turn_at), first_at) AS initiated_at,

@@ -4,13 +4,14 @@
 --
 -- KEYS  for each partition: ready, leased, ended
 -- ARGV  [1] most calls  [2] most entries  [3] most bytes (at least one call is leased, however much it holds)
---       [4] how long the lease lasts, ms
+--       [4] how long the lease lasts, ms  [5] most entries of one call that are read at once: a call counts for no more
 --       then for each partition: stream key prefix, session key prefix
 -- Reply {deadline of these leases (ms; the token to settle with),
 --        {partition index from 1, call_sid, cursor (last entry committed), entries waiting,
 --         entries read so far (-1: Redis cannot say), 1 if the call was finalized before, its lapses (deliveries that came
 --         to nothing), when its oldest waiting entry arrived (ms), bytes an entry has on average,
---         the entry that was being tried alone when the last lease of it lapsed, '' for none} for each call,
+--         the entry that was being tried alone when the last lease of it lapsed, '' for none,
+--         1 if it was ever presumed over} for each call,
 --        {indexes of partitions that may have more ready calls},
 --        {call_sid of ready calls whose stream is gone, with all that waited in it}}
 -- Of the calls with lapses, one is leased, that with the fewest: whatever such a call does to its sink, the innocent ones
@@ -19,6 +20,7 @@ local MOST_ASIDE = 100 -- that are looked at for it
 local time = redis.call('TIME')
 local deadline = time[1] * 1000 + math.floor(time[2] / 1000) + tonumber(ARGV[4])
 local calls_left, entries_left, bytes_left = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
+local most_of_a_call = tonumber(ARGV[5])
 local leases, more, gone = {}, {}, {}
 
 -- Progress of group `sink`: cursor, entries read, entries waiting. A lost group is made again from the start: rows are
@@ -40,7 +42,7 @@ local function progress(stream)
 end
 
 local function lease(p, sid, since, session, lapses)
-  local cursor, read, waiting = progress(ARGV[3 + 2 * p] .. sid)
+  local cursor, read, waiting = progress(ARGV[4 + 2 * p] .. sid)
   if not cursor then
     gone[#gone + 1] = sid
     return
@@ -49,8 +51,9 @@ local function lease(p, sid, since, session, lapses)
   local bytes_an_entry = math.ceil(tonumber(session[1] or 0) / math.max(1, read + waiting))
   local finalized = redis.call('ZSCORE', KEYS[3 * p], sid) and 1 or 0
   leases[#leases + 1] = {
-    p, sid, cursor, waiting, read, finalized, lapses, since, bytes_an_entry, session[3] or '',
+    p, sid, cursor, waiting, read, finalized, lapses, since, bytes_an_entry, session[3] or '', session[4] and 1 or 0,
   }
+  waiting = math.min(waiting, most_of_a_call)
   calls_left = calls_left - 1
   entries_left = entries_left - waiting
   bytes_left = bytes_left - waiting * bytes_an_entry
@@ -67,7 +70,7 @@ for p = 1, #KEYS / 3 do
     local popped = redis.call('ZPOPMIN', ready)
     local sid, since = popped[1], popped[2]
     if not sid then break end
-    local session = redis.pcall('HMGET', ARGV[4 + 2 * p] .. sid, 'bytes', 'lapses', 'alone')
+    local session = redis.pcall('HMGET', ARGV[5 + 2 * p] .. sid, 'bytes', 'lapses', 'alone', 'presumed')
     local lapses = tonumber(session[2] or 0)
     if lapses == 0 then
       lease(p, sid, since, session, 0)

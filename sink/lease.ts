@@ -1,6 +1,7 @@
 /** The scripts that share calls out among sinks: lease, prolong, settle, reclaim, reap. See the .lua files for what each must hold. */
 import type { PartitionKeys, Partitions } from '../shared/keys.js'
 import { type Lane, lanesOf, type RedisClient, Script } from '../shared/redis.js'
+import { MAX_READ_ENTRIES } from './read.js'
 
 const leaseScript = new Script('sink/lease.lua')
 const prolongScript = new Script('sink/prolong.lua')
@@ -26,6 +27,8 @@ export interface Lease {
   finalized: boolean
   /** How many deliveries in a row came to nothing: its sink died or hung, or the batch failed for an unclear reason. */
   lapses: number
+  /** It was presumed over at some time, and may have come back since. */
+  presumed?: boolean
   /** The entry that was being tried alone when it came to nothing the last time. */
   alone?: string | undefined
   /** When its oldest waiting entry arrived, epoch ms. */
@@ -104,7 +107,8 @@ export class Leases {
         const keys = partitions.flatMap((p) => [p.ready, p.leased, p.ended])
         const prefixes = partitions.flatMap((p) => [p.streamPrefix, p.sessionPrefix])
         const most = [share(limits.calls), share(limits.entries), share(limits.bytes)]
-        const reply = await leaseScript.run(this.client, keys, [...most, limits.leaseMs, ...prefixes])
+        const args = [...most, limits.leaseMs, MAX_READ_ENTRIES, ...prefixes]
+        const reply = await leaseScript.run(this.client, keys, args)
         return readLeases(reply as LeaseReply, partitions)
       }),
     )
@@ -257,7 +261,7 @@ function addTo<K, V>(groups: Map<K, V[]>, key: K, value: V): void {
 
 type LeaseReply = [
   deadline: number,
-  leases: [number, string, string, number, number, 0 | 1, number, string, number, string][],
+  leases: [number, string, string, number, number, 0 | 1, number, string, number, string, 0 | 1][],
   more: number[],
   gone: string[],
 ]
@@ -267,19 +271,22 @@ function readLeases(
   partitions: PartitionKeys[],
 ): { leases: Lease[]; more: number[]; gone: string[] } {
   return {
-    leases: rows.map(([index, callSid, cursor, waiting, read, finalized, lapses, oldest, bytesAnEntry, alone]) => ({
-      callSid,
-      partition: partitions[index - 1]!,
-      deadline,
-      cursor,
-      waiting,
-      read,
-      finalized: finalized === 1,
-      lapses,
-      oldestMs: Number(oldest),
-      bytesAnEntry,
-      alone: alone || undefined,
-    })),
+    leases: rows.map(
+      ([index, callSid, cursor, waiting, read, finalized, lapses, oldest, bytesAnEntry, alone, presumed]) => ({
+        callSid,
+        partition: partitions[index - 1]!,
+        deadline,
+        cursor,
+        waiting,
+        read,
+        finalized: finalized === 1,
+        lapses,
+        oldestMs: Number(oldest),
+        bytesAnEntry,
+        alone: alone || undefined,
+        presumed: presumed === 1,
+      }),
+    ),
     more: more.map((index) => partitions[index - 1]!.partition),
     gone,
   }

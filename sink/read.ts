@@ -12,7 +12,7 @@ import type { Entry } from './decode.js'
 import type { Lease, LeaseLimits } from './lease.js'
 
 /** Small enough that one XREAD does not keep Redis from others for more than about a millisecond. */
-const MAX_READ_ENTRIES = 1000
+export const MAX_READ_ENTRIES = 1000
 const MAX_READ_BYTES = 1024 * 1024
 
 /**

@@ -27,7 +27,11 @@ for p = 1, (#KEYS - 1) / 3 do
       '{"type":"call.ended","call_sid":"' .. sid .. '","source":"calltape","reason":"' .. reason .. '"}')
     if type(id) == 'string' then
       -- Presumed for its silence alone: then append.lua brings it back should it go on.
-      redis.pcall('HSET', session_key, 'ended', reason == session[2] and '1' or 'presumed', 'reason', reason)
+      if reason == session[2] then
+        redis.pcall('HSET', session_key, 'ended', '1', 'reason', reason)
+      else
+        redis.pcall('HSET', session_key, 'ended', 'presumed', 'presumed', '1', 'reason', reason)
+      end
       if not redis.call('ZSCORE', leased, sid) then redis.call('ZADD', ready, 'NX', now, sid) end
       reaped[#reaped + 1] = sid
     end

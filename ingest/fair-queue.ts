@@ -1,0 +1,112 @@
+/**
+ * What waits for Redis, in a queue for each origin (a connection, a request); they are served in turn, a few events each. So
+ * whoever sends much waits for himself, and others wait for one turn of each origin that has something waiting.
+ *
+ * What must hold: the events of one call come out in the order in which they went in, whoever brought them. Therefore a call
+ * that has events waiting stays in the queue in which they wait, for all origins, until there is none of it left.
+ */
+import type { CallEvent } from '../shared/events.js'
+import type { Origin } from './append.js'
+
+export interface Waiting {
+  event: CallEvent
+  /** The event's JSON, as it goes into the stream. */
+  payload: string
+  origin: Origin
+  position: number
+}
+
+/** An origin's turn ends after so many events or characters, whichever is first. */
+const TURN_EVENTS = 32
+const TURN_CHARS = 32 * 1024
+
+/** First in, first out; taking from the front of a long array by `shift` would move all that is behind. */
+class Fifo<T> {
+  private items: T[] = []
+  private taken = 0
+
+  get isEmpty(): boolean {
+    return this.taken === this.items.length
+  }
+
+  get first(): T {
+    return this.items[this.taken]!
+  }
+
+  push(item: T): void {
+    this.items.push(item)
+  }
+
+  shift(): T {
+    const item = this.items[this.taken++]!
+    if (this.isEmpty) {
+      this.items = []
+      this.taken = 0
+    } else if (this.taken === 1024) {
+      this.items.splice(0, this.taken)
+      this.taken = 0
+    }
+    return item
+  }
+}
+
+interface Flow {
+  origin: Origin
+  waiting: Fifo<Waiting>
+}
+
+export class FairQueue {
+  /** Those that have something waiting, in the order of their turns. */
+  private readonly turns = new Fifo<Flow>()
+  private readonly flows = new Map<Origin, Flow>()
+  /** Where a call's events wait, and how many there are. */
+  private readonly calls = new Map<string, { flow: Flow; events: number }>()
+
+  get isEmpty(): boolean {
+    return this.turns.isEmpty
+  }
+
+  push(waiting: Waiting): void {
+    const { call_sid: sid } = waiting.event
+    const call = this.calls.get(sid)
+    const flow = call?.flow ?? this.flowOf(waiting.origin)
+    if (call) call.events++
+    else this.calls.set(sid, { flow, events: 1 })
+    flow.waiting.push(waiting)
+  }
+
+  private flowOf(origin: Origin): Flow {
+    let flow = this.flows.get(origin)
+    if (!flow) {
+      flow = { origin, waiting: new Fifo() }
+      this.flows.set(origin, flow)
+      this.turns.push(flow)
+    }
+    return flow
+  }
+
+  /** Takes what goes out next, in turns. @param take returns false when it has no room for it: then it is the next one */
+  take(take: (waiting: Waiting) => boolean): void {
+    while (!this.turns.isEmpty) {
+      const flow = this.turns.first
+      let events = 0
+      let chars = 0
+      while (!flow.waiting.isEmpty && events < TURN_EVENTS && chars < TURN_CHARS) {
+        const next = flow.waiting.first
+        if (!take(next)) return // whose turn it was has it first thing in the next batch, or a full batch's rhythm could starve him
+        flow.waiting.shift()
+        events++
+        chars += next.payload.length
+        this.forget(next.event.call_sid)
+      }
+      this.turns.shift()
+      if (flow.waiting.isEmpty) this.flows.delete(flow.origin)
+      else this.turns.push(flow)
+    }
+  }
+
+  private forget(sid: string): void {
+    const call = this.calls.get(sid)!
+    if (--call.events === 0) this.calls.delete(sid)
+  }
+}

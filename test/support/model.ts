@@ -1,0 +1,289 @@
+/**
+ * The specification of what PostgreSQL holds of a call, as a plain fold over its stream entries, and calls to try it on.
+ * It shares nothing with sink/fold.sql but the rules: see "What is guaranteed" in README.md.
+ */
+import fc from 'fast-check'
+import {
+  type CallData,
+  type CallEnded,
+  type CallEvent,
+  type CallStarted,
+  type CallStatusChanged,
+  type ConnectionChanged,
+  END_STATUSES,
+  PRESUMED_REASONS,
+  type Turn,
+} from '../../shared/events.js'
+
+/** A stream entry. */
+export interface Heard {
+  id: string
+  event: CallEvent
+}
+
+const ms = (id: string) => Number(id.split('-')[0])
+/** The entry's place in its stream, as a number that compares right within a test run. */
+const place = ({ id }: Heard) => ms(id) * 1e3 + Number(id.split('-')[1])
+const when = ({ id, event }: Heard) => event.ts ?? ms(id)
+const inTime = (a: Heard, b: Heard) => when(a) - when(b) || place(a) - place(b)
+const isOwn = ({ event }: Heard) => event.source === 'calltape'
+const isTurn = (heard: Heard): heard is Heard & { event: Turn } => heard.event.type === 'turn'
+const isPresumed = (heard: Heard) =>
+  isOwn(heard) && heard.event.type === 'call.ended' && PRESUMED_REASONS.has(heard.event.reason ?? '')
+
+/** The turn or event that an entry is, however often it comes. */
+export function keyOf({ id, event }: Heard): string {
+  if (event.type !== 'turn') return event.id === undefined ? id : `${event.type} ${event.id}`
+  return event.id ?? String(event.seq ?? id)
+}
+
+/** Of those with the same key the first one wins. */
+function firsts<H extends Heard>(entries: H[]): H[] {
+  const byKey = new Map<string, H>()
+  for (const entry of entries) if (!byKey.has(keyOf(entry))) byKey.set(keyOf(entry), entry)
+  return [...byKey.values()]
+}
+
+export function expectedTurns(entries: Heard[]): (Heard & { event: Turn })[] {
+  return firsts(entries.filter(isTurn))
+}
+
+export function expectedEvents(entries: Heard[]): Heard[] {
+  return firsts(entries.filter((entry) => !isTurn(entry)))
+}
+
+const storable = (text: string) => text.toWellFormed().replaceAll('\0', '\uFFFD')
+const atTime = (value: number | undefined) => (value === undefined ? null : new Date(value))
+const least = (heard: Heard[]) => (heard.length > 0 ? Math.min(...heard.map(when)) : undefined)
+const greatest = (heard: Heard[]) => (heard.length > 0 ? Math.max(...heard.map(when)) : undefined)
+
+/** What an event may say beside what they all say; each field has the same meaning wherever it is. */
+type Own<E> = Partial<Omit<E, 'type' | 'call_sid' | 'id' | 'ts' | 'source'>>
+type AnyEvent = { type: string } & Own<CallStarted> &
+  Own<CallStatusChanged> &
+  Own<CallData> &
+  Own<CallEnded> &
+  Own<ConnectionChanged>
+
+/** By `seq`; a turn without one stands behind the last numbered turn spoken before it. */
+function inCallOrder(turns: (Heard & { event: Turn })[]): Turn[] {
+  let last = -1
+  const placed = turns.toSorted(inTime).map((heard) => {
+    const { seq } = heard.event
+    last = Math.max(last, seq ?? -1)
+    return { heard, after: seq ?? last, isNumbered: seq === undefined ? 1 : 0 }
+  })
+  const sorted = placed.sort((a, b) => a.after - b.after || a.isNumbered - b.isNumbered)
+  return sorted.map(({ heard }) => ({ ...heard.event, ts: when(heard) }))
+}
+
+/** True or false where `turn_count` or `seq` prove it. */
+function isComplete(turns: Turn[], expected: number | undefined): boolean | null {
+  const seqs = new Set(turns.flatMap(({ seq }) => (seq === undefined ? [] : [seq])))
+  const allNumbered = turns.every(({ seq }) => seq !== undefined)
+  const hasGap = allNumbered && [...seqs].some((seq) => seq > 0 && !seqs.has(seq - 1))
+  if (hasGap || (expected !== undefined && turns.length < expected)) return false
+  return turns.length === expected ? true : null
+}
+
+/** The call's row, without what is derived from when it was written. */
+export function expectedRow(entries: Heard[]): Record<string, unknown> {
+  const turns = expectedTurns(entries)
+  const sorted = expectedEvents(entries).sort(inTime)
+  const events = sorted.map(({ event }) => event as AnyEvent)
+  const said = <F extends keyof AnyEvent>(field: F) =>
+    events.map((e) => e[field]).filter((value) => value !== undefined)
+  const first = <F extends keyof AnyEvent>(field: F) => said(field)[0] ?? null
+  const last = <F extends keyof AnyEvent>(field: F) => said(field).at(-1) ?? null
+  const merged = (objects: object[]) =>
+    objects.some((o) => Object.keys(o).length > 0) ? Object.assign({}, ...objects) : null
+
+  const ofType = (type: string) => sorted.filter(({ event }) => event.type === type)
+  const ends = ofType('call.ended')
+  const realEnds = ends.filter((end) => !isPresumed(end))
+  const presumedAt = Math.max(...ends.filter(isPresumed).map(place))
+  const wentOn = [...turns, ...ofType('call.connected')].some((heard) => place(heard) > presumedAt)
+  const final = realEnds.length > 0 || (presumedAt > 0 && !wentOn)
+
+  const statuses = said('status')
+  const furthest = ['in-progress', 'ringing', 'initiated', 'queued'].find((status) =>
+    statuses.includes(status as never),
+  )
+  const started = events.some(({ type }) => type === 'call.started') ? 'initiated' : 'in-progress'
+  const endStatuses = sorted.filter(({ event }) => END_STATUSES.has((event as AnyEvent).status ?? ''))
+  const status = (endStatuses[0]?.event as AnyEvent)?.status ?? (final ? 'completed' : (furthest ?? started))
+
+  const heardOf = sorted.filter((heard) => !isOwn(heard))
+  const connection = (ofType('call.connected').at(-1)?.event as AnyEvent)?.connection
+  const lost = ofType('call.disconnected').filter(
+    ({ event }) => connection && (event as AnyEvent).connection === connection,
+  )
+  const saidOver = least(ends.filter((end) => !isOwn(end))) ?? least(endStatuses)
+  const over = saidOver ?? Math.max(greatest(lost) ?? greatest(heardOf) ?? 0, greatest(turns) ?? 0)
+  const answered = least(sorted.filter(({ event }) => (event as AnyEvent).status === 'in-progress'))
+  const began = least([...heardOf, ...turns])!
+  const computed = final ? Math.round(Math.max(0, over - (answered ?? began)) / 1000) : null
+
+  const inOrder = inCallOrder(turns)
+  const reasons = [...ends.filter(isOwn), ...ends.filter((end) => !isOwn(end))].map(
+    ({ event }) => (event as AnyEvent).reason,
+  )
+  return {
+    provider: first('provider'),
+    direction: first('direction'),
+    from_number: first('from'),
+    to_number: first('to'),
+    status,
+    outcome: last('outcome'),
+    answered_at: atTime(answered),
+    ended_at: atTime(final ? over : saidOver),
+    duration_seconds: last('duration_seconds') ?? computed,
+    recording_url: last('recording_url'),
+    conversation_stage: last('stage'),
+    collected_data: merged(said('data')),
+    objections_encountered: said('objections').flat().length > 0 ? [...new Set(said('objections').flat())] : null,
+    full_transcript: final
+      ? inOrder.map(({ seq, speaker, text, ts }) => ({
+          seq: seq ?? null,
+          speaker,
+          text: storable(text),
+          timestamp: ts,
+        }))
+      : null,
+    turn_count: final ? turns.length : null,
+    expected_turns: last('turn_count'),
+    complete: final ? isComplete(inOrder, last('turn_count') ?? undefined) : null,
+    end_reason: final ? (reasons.filter((reason) => reason !== undefined).at(-1) ?? null) : null,
+    meta: merged(said('meta')),
+    finalized: final,
+  }
+}
+
+// ---- calls -------------------------------------------------------------------------------------------------------------
+
+/** An event without its call. */
+export type Said = CallEvent extends infer E ? (E extends CallEvent ? Omit<E, 'call_sid'> : never) : never
+
+const T0 = Date.UTC(2026, 0, 1, 12)
+const optional = <T>(arbitrary: fc.Arbitrary<T>) => fc.option(arbitrary, { nil: undefined })
+const time = optional(fc.nat(8).map((seconds) => T0 + seconds * 1000))
+const duration = optional(fc.nat(90))
+const url = optional(fc.constantFrom('https://r/1', 'https://r/2'))
+const number = optional(fc.constantFrom('+1', '+2'))
+
+/** Without the fields that are undefined, as JSON has it. An id is unique within the call: it is never that of another type's. */
+const event = (type: Said['type'], fields: Record<string, fc.Arbitrary<unknown>>): fc.Arbitrary<Said> =>
+  fc
+    .record({
+      id: optional(fc.constantFrom('a', 'b', '3')),
+      ts: time,
+      source: optional(fc.constantFrom('bot', 'exotel')),
+      ...fields,
+    })
+    .map((made) => ({ type, ...Object.fromEntries(Object.entries(made).filter(([, v]) => v !== undefined)) }) as Said)
+
+const turn = event('turn', {
+  seq: optional(fc.nat(6)),
+  speaker: fc.constantFrom('agent', 'customer'),
+  text: fc.constantFrom('a', 'b', '', 'größer 😀', 'nul \0', 'half \ud83d'),
+})
+const started = event('call.started', {
+  direction: optional(fc.constantFrom('inbound', 'outbound')),
+  from: number,
+  to: number,
+  provider: optional(fc.constantFrom('exotel', 'twilio')),
+})
+const STATUSES = [
+  'queued',
+  'initiated',
+  'ringing',
+  'in-progress',
+  'completed',
+  'busy',
+  'failed',
+  'no-answer',
+  'canceled',
+]
+const status = event('call.status', {
+  status: optional(fc.constantFrom(...STATUSES)),
+  duration_seconds: duration,
+  recording_url: url,
+})
+const data = event('call.data', {
+  data: optional(fc.dictionary(fc.constantFrom('x', 'y', 'z'), fc.constantFrom(1, 2, null, { deep: [1] }))),
+  stage: optional(fc.constantFrom('greeting', 'offer')),
+  objections: optional(fc.array(fc.constantFrom('price', 'trust', 'busy'), { maxLength: 3 })),
+})
+const ended = event('call.ended', {
+  reason: optional(fc.constantFrom('hangup', 'completed', 'abandoned')),
+  outcome: optional(fc.constantFrom('sold', 'refused')),
+  turn_count: optional(fc.nat(7)),
+  duration_seconds: duration,
+  recording_url: url,
+})
+
+/** Whatever anybody might say. */
+const wild = fc.array(
+  fc.oneof(
+    { weight: 6, arbitrary: turn },
+    { weight: 3, arbitrary: status },
+    { weight: 2, arbitrary: data },
+    { weight: 1, arbitrary: started },
+    { weight: 2, arbitrary: ended },
+  ),
+  { maxLength: 14 },
+)
+
+interface Edit {
+  kind: 'drop' | 'move' | 'again' | 'otherwise'
+  from: number
+  to: number
+}
+
+/** A call as a good producer sends it, … */
+function politeCall(turns: number, keyed: 'seq' | 'id' | 'neither', timed: boolean): Said[] {
+  const ts = (seconds: number) => (timed ? { ts: T0 + seconds * 1000 } : {})
+  const key = (i: number) => (keyed === 'seq' ? { seq: i } : keyed === 'id' ? { id: `turn ${i}` } : {})
+  return [
+    { type: 'call.started', id: 'start', direction: 'inbound', from: '+1', ...ts(0) },
+    { type: 'call.status', id: 'answer', status: 'in-progress', ...ts(1) },
+    ...Array.from(
+      { length: turns },
+      (_, i): Said => ({ type: 'turn', speaker: 'agent', text: `${i}`, ...key(i), ...ts(2 + i) }),
+    ),
+    { type: 'call.data', id: 'data', data: { turns }, stage: 'offer', ...ts(2 + turns) },
+    { type: 'call.ended', id: 'end', reason: 'hangup', turn_count: turns, ...ts(3 + turns) },
+    { type: 'call.status', id: 'done', status: 'completed', recording_url: 'https://r/1', ...ts(4 + turns) },
+  ]
+}
+
+/** … and as it arrives. */
+function edited(events: Said[], edits: Edit[]): Said[] {
+  const all = [...events]
+  for (const { kind, from, to } of edits) {
+    const [i, j] = [from % all.length, to % all.length]
+    const chosen = all[i]!
+    if (kind === 'drop' && all.length > 1) all.splice(i, 1)
+    if (kind === 'move') all.splice(j, 0, ...all.splice(i, 1))
+    if (kind === 'again') all.splice(j, 0, chosen)
+    if (kind === 'otherwise') all.splice(j, 0, { ...chosen, ...(chosen.type === 'turn' ? { text: 'otherwise' } : {}) })
+  }
+  return all
+}
+
+const edit = fc.record<Edit>({
+  kind: fc.constantFrom('drop', 'move', 'again', 'otherwise'),
+  from: fc.nat(20),
+  to: fc.nat(20),
+})
+const polite = fc
+  .record({
+    turns: fc.nat(8),
+    keyed: fc.constantFrom('seq' as const, 'id' as const, 'neither' as const),
+    timed: fc.boolean(),
+    edits: fc.array(edit, { maxLength: 6 }),
+  })
+  .map(({ turns, keyed, timed, edits }) => edited(politeCall(turns, keyed, timed), edits))
+
+/** What is said of one call, in the order in which it is sent. */
+export const call: fc.Arbitrary<Said[]> = fc.oneof(wild, polite)
