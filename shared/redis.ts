@@ -32,6 +32,7 @@ export async function connectRedis(url: string, log: Logger): Promise<RedisClien
     autoResendUnfulfilledCommands: false,
     enableOfflineQueue: false,
     lazyConnect: true,
+    autoResubscribe: false, // it throws where nobody can catch it when the connection is cut once more meanwhile
     socketTimeout: SILENCE_MS,
     // After a failover the old primary may live on as a replica. Connecting again leads to the new one.
     reconnectOnError: (error: Error) => error.message.startsWith('READONLY'),

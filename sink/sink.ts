@@ -60,8 +60,12 @@ export async function startSink(config: Config, log: Logger): Promise<Sink> {
     const leases = new Leases(redis, partitions, leaseMs)
     const wake = new Wake(config.PARTITIONS)
     subscriber.on('smessage', (_channel: string, message: string) => wake.add(message.split(',').map(Number)))
-    subscriber.on('ready', () => wake.all()) // what was published while it was away is lost
-    for (const channel of leases.wakeChannels) await subscriber.ssubscribe(channel)
+    const subscribe = () => Promise.all(leases.wakeChannels.map((channel) => subscriber.ssubscribe(channel)))
+    await subscribe()
+    subscriber.on('ready', () => {
+      subscribe().catch(() => undefined) // cut off once more: the next `ready` comes
+      wake.all() // what was published while it was away is lost
+    })
 
     const metrics = createSinkMetrics()
     const progress = new Progress()

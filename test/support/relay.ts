@@ -42,6 +42,8 @@ export class Relay {
   holdReplies = false
   /** By so much each chunk comes later, ms. */
   delayMs = 0
+  /** The next request that contains it does not pass, and its connection is cut. */
+  cutAt: string | undefined
   private cutAfterReplyBytes = Number.POSITIVE_INFINITY
   private next = 0
   private readonly sockets = new Set<Socket>()
@@ -101,7 +103,11 @@ export class Relay {
     }
     client.on('close', ended(server))
     server.on('close', ended(client))
-    client.on('data', (data) => request.push(data))
+    client.on('data', (data) => {
+      if (this.cutAt === undefined || !data.includes(this.cutAt)) return request.push(data)
+      this.cutAt = undefined
+      client.destroy()
+    })
     server.on('data', (data) => {
       reply.push(data.subarray(0, this.cutAfterReplyBytes))
       this.cutAfterReplyBytes -= data.length
