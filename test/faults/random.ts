@@ -41,6 +41,7 @@ const PAUSE_MS = 3000
 export class Killer {
   readonly kills = Object.fromEntries(VICTIMS.map((victim) => [victim, 0])) as Record<Victim, number>
   private readonly stopped = new AbortController()
+  private spared: Victim[] = []
   private readonly restarts = new Set<Promise<void>>()
 
   constructor(
@@ -61,7 +62,7 @@ export class Killer {
       await sleep(pause, undefined, { signal: this.stopped.signal }).catch(() => undefined) // stopped: the loop ends
       if (this.stopped.signal.aborted) break
       if (this.chance() < 0.1) this.pause(pick(this.chance, [...this.rig.ingests, ...this.rig.sinks]))
-      else this.strike(pick(this.chance, VICTIMS))
+      else this.strike(this.nextVictim())
     }
     await Promise.all(this.restarts)
   }
@@ -73,6 +74,12 @@ export class Killer {
   private pause(service: Service): void {
     service.signal('SIGSTOP')
     setTimeout(() => service.signal('SIGCONT'), PAUSE_MS)
+  }
+
+  /** Each of them once, in any order; then again. So a short run meets all of them. */
+  private nextVictim(): Victim {
+    if (this.spared.length === 0) this.spared = [...VICTIMS]
+    return this.spared.splice(Math.floor(this.chance() * this.spared.length), 1)[0]!
   }
 
   private strike(victim: Victim): void {
