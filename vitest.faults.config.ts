@@ -2,4 +2,6 @@
 import { defineConfig, mergeConfig } from 'vitest/config'
 import base from './vitest.config.js'
 
-export default mergeConfig(base, defineConfig({ test: { provide: { longFaults: { kills: 200, turns: 2_000_000 } } } }))
+const longFaults = { kills: 200, turns: 2_000_000, modelRuns: 2000 }
+
+export default mergeConfig(base, defineConfig({ test: { provide: { longFaults } } }))

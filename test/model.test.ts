@@ -2,19 +2,20 @@
  * The model check: whatever producers say, in whatever order, over whatever connections, and whoever dies meanwhile,
  * PostgreSQL holds what a plain fold over the stream's entries says (test/support/model.ts).
  *
- * `MODEL_RUNS=2000 npx vitest run test/model.test.ts` runs so many cases instead of as many as fit into some seconds. A failure
+ * `npm run test:faults` runs 2,000 cases, `MODEL_RUNS` as many as it says, instead of as many as fit into some seconds. A failure
  * names its seed and path; `MODEL_SEED` and `MODEL_PATH` run that case again.
  */
 import fc from 'fast-check'
-import { afterAll, beforeAll, expect, test } from 'vitest'
+import { afterAll, beforeAll, expect, inject, test } from 'vitest'
+import { childEnvironment } from '../shared/config.js'
 import type { CallEvent } from '../shared/events.js'
 import { LINK_FAULTS } from './support/link.js'
 import { call, expectedEvents, expectedRow, expectedTurns, type Heard, keyOf, type Said } from './support/model.js'
 import { entriesOf, sessionOf } from './support/streams.js'
 import { type Delivery, type IngestFault, TRANSPORTS, World } from './support/world.js'
 
-const RUNS = Number(process.env.MODEL_RUNS ?? 0)
-const SEED = process.env.MODEL_SEED
+const { MODEL_RUNS, MODEL_SEED: SEED, MODEL_PATH } = childEnvironment()
+const RUNS = Number(MODEL_RUNS ?? inject('longFaults')?.modelRuns ?? 0)
 const DEFAULT_MS = 15_000
 const SHRINK_MS = 60_000
 
@@ -200,7 +201,7 @@ test(
     await fc.assert(property, {
       numRuns: RUNS > 0 ? RUNS : 5000,
       ...(SEED === undefined ? {} : { seed: Number(SEED) }),
-      ...(process.env.MODEL_PATH === undefined ? {} : { path: process.env.MODEL_PATH }),
+      ...(MODEL_PATH === undefined ? {} : { path: MODEL_PATH }),
     })
     const faults = [...world.happened].map(([what, times]) => `${what} ${times}`).join(', ')
     process.stderr.write(`model check: ${played} cases agreed; ${faults}\n`)

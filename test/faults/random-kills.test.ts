@@ -8,13 +8,6 @@ import { Load } from './load.js'
 import { Killer, newChance, VICTIMS } from './random.js'
 import { expectNoUnexplainedDeaths, type Rig, settled, startRig } from './rig.js'
 
-declare module 'vitest' {
-  interface ProvidedContext {
-    /** Of `npm run test:faults`. */
-    longFaults?: { kills: number; turns: number }
-  }
-}
-
 const ENVIRONMENT = { LEASE_SECONDS: '2', DURABILITY: 'fsync' }
 /** A round is played, comes to its end, and is compared; the next one begins on the same stores. */
 const SHORT_ROUND = { calls: 200, turns: 100, rate: 2400 }

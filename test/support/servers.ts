@@ -15,6 +15,8 @@ declare module 'vitest' {
   interface ProvidedContext {
     redisUrl: string
     databaseUrl: string
+    /** How long `npm run test:faults` goes on; absent in `npm test`. */
+    longFaults?: { kills: number; turns: number; modelRuns: number }
   }
 }
 
