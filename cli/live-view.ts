@@ -1,4 +1,4 @@
-/** The demo's display: redrawn in place on a terminal, else a line a second. */
+/** What commands show of long work: redrawn in place on a terminal, else a line a second. And tables. */
 import { createLogUpdate } from 'log-update'
 
 export interface LiveView {

@@ -1,24 +1,23 @@
 /** `calltape quarantine`: what could not be stored, and why; trying it again, giving it up. */
 import { givenEnvironment, OperatorError, readConfig } from '../shared/config.js'
-import { parseStreamKey } from '../shared/keys.js'
+import { type CallPlace, parseStreamKey } from '../shared/keys.js'
 import { createLog } from '../shared/log.js'
 import { createPool, type Pool } from '../shared/postgres.js'
 import { connectRedis } from '../shared/redis.js'
 import { requireReachable, requireSchema } from '../shared/schema.js'
 import { entryMs } from '../sink/decode.js'
+import { table } from './live-view.js'
 import {
   type Choice,
   dropQuarantined,
-  type FinalizedCall,
   findQuarantined,
+  type Listed,
   listQuarantine,
-  type Quarantined,
   RETRY_SETTINGS,
   type Retried,
   readFields,
   retryQuarantined,
-} from '../sink/quarantine.js'
-import { table } from './live-view.js'
+} from './quarantined-entries.js'
 import { runningStack } from './stack.js'
 
 export interface StackOptions {
@@ -107,7 +106,7 @@ export async function retry(ids: string[], options: ChoiceOptions): Promise<void
     console.log(reason === undefined ? `stored      ${what}` : `still bad   ${what}: ${oneLine(reason)}`)
   }
   // So that sinks fold the call again when something late comes of it.
-  const finalized = async ({ callSid, partition }: FinalizedCall) => {
+  const finalized = async ({ callSid, partition }: CallPlace) => {
     await redis.zadd(partition.ended, 'NX', Date.now(), callSid)
   }
   try {
@@ -167,7 +166,7 @@ function readChoice(ids: string[], { call, all }: ChoiceOptions): Choice {
 
 const callOf = (streamKey: string) => parseStreamKey(streamKey)?.callSid ?? streamKey
 
-function columnsOf({ id, streamKey, entryId, reason, quarantinedAt }: Omit<Quarantined, 'raw'>) {
+function columnsOf({ id, streamKey, entryId, reason, quarantinedAt }: Listed) {
   return { id, stream_key: streamKey, entry_id: entryId, reason, quarantined_at: quarantinedAt }
 }
 

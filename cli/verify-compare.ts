@@ -1,8 +1,9 @@
 /** verify: what became of each entry. */
 import { type CallEvent, isPresumedEnd, resumes } from '../shared/events.js'
+import { streamKey } from '../shared/keys.js'
 import type { Pool } from '../shared/postgres.js'
 import type { EventRow } from '../sink/decode.js'
-import { compareIds, type DecodedEntry, decodeAlone, isEntryId, leaseFromStart } from '../sink/entries.js'
+import { compareIds, type DecodedEntry, decodeAlone, isEntryId, leaseFromStart } from './entries.js'
 import {
   QuarantineById,
   RowsByKey,
@@ -11,7 +12,7 @@ import {
   wrongEventColumns,
   wrongTurnColumns,
 } from './verify-rows.js'
-import { type Stretch, streamOf, type Walk } from './verify-streams.js'
+import type { Stretch, Walk } from './verify-streams.js'
 
 /** `stored`: there is its row. `misplaced`: there is a row of its key, but made from a later entry. */
 export type Outcome = 'stored' | 'misplaced' | 'duplicate' | 'quarantined' | 'dropped' | 'absent'
@@ -76,13 +77,13 @@ export async function compareEntries<W extends Walk>(pool: Pool, page: Stretch<W
   const quarantine = await QuarantineById.read(
     pool,
     decoded.flatMap(({ walk, facts }): [string, string][] =>
-      isItsOwn(rowOf(facts, walk.callSid), facts.id) ? [] : [[streamOf(walk), facts.id]],
+      isItsOwn(rowOf(facts, walk.callSid), facts.id) ? [] : [[streamKey(walk), facts.id]],
     ),
   )
   const compared = new Map<W, ComparedEntry[]>(page.map(({ walk }) => [walk, []]))
   for (const { walk, decoded: its, facts } of decoded) {
     const row = rowOf(facts, walk.callSid)
-    const kept = quarantine.get(streamOf(walk), facts.id)
+    const kept = quarantine.get(streamKey(walk), facts.id)
     let outcome: Outcome = kept ?? (row ? 'misplaced' : 'absent')
     if (row && isItsOwn(row, facts.id)) outcome = row.stream_id === facts.id ? 'stored' : 'duplicate'
     const wrong = row && (outcome === 'stored' || outcome === 'misplaced') ? wrongColumns(its, row) : []

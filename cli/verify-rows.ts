@@ -63,7 +63,7 @@ export const TABLES = {
 } as const
 export type Table = keyof typeof TABLES
 
-/** What names a row or an entry: a call and a key within it. Neither part can hold a space that would confuse two of them. */
+/** One string for a pair of strings: the length in front keeps any two pairs apart, whatever is in them. */
 export const pair = (a: string, b: string) => `${a.length} ${a} ${b}`
 
 /** Rows by call and idempotency key. */

@@ -7,9 +7,10 @@
  * with the number of calls (see scanStreams).
  */
 import { setTimeout as sleep } from 'node:timers/promises'
+import type { CallPlace } from '../shared/keys.js'
 import type { Pool } from '../shared/postgres.js'
 import type { RedisClient } from '../shared/redis.js'
-import { compareIds, decodeAlone, isEntryId, leaseFromStart } from '../sink/entries.js'
+import { compareIds, decodeAlone, isEntryId, leaseFromStart } from './entries.js'
 import { type ComparedEntry, compareEntries, type EntryFacts, factsOf, type Outcome } from './verify-compare.js'
 import type { Finding, Report } from './verify-report.js'
 import { type CallState, pair, readCalls, rowsOfCall, TABLES, type Table } from './verify-rows.js'
@@ -17,7 +18,6 @@ import {
   readCursor,
   readEntriesById,
   readPage,
-  type StreamName,
   scanStreams,
   startWalk,
   streamInfo,
@@ -27,15 +27,15 @@ import {
 
 const PAGE_CALLS = 200
 /** Pages that are worked on at once: while one waits for a store, the other is compared. */
-const LANES = 2
+const PARALLEL_PAGES = 2
 /** Beyond so many parked walks they are waited for before more calls are begun. */
 const MOST_PARKED = 10_000
 const LOOK_MS = 250
 const ROWS_PAGE = 1000
 
-export interface Scope {
+interface Scope {
   /** Only this call. */
-  only?: StreamName | undefined
+  only?: CallPlace | undefined
   window: Window
 }
 
@@ -74,7 +74,7 @@ export class Verification {
     const { only } = this.scope
     const pages = only ? onePage([only]) : scanStreams(this.redis, PAGE_CALLS)
     let isDone = false
-    const lane = async () => {
+    const takePages = async () => {
       while (!isDone && this.parked.length < MOST_PARKED) {
         const { value, done } = await pages.next()
         if (done) isDone = true
@@ -82,12 +82,12 @@ export class Verification {
       }
     }
     while (!isDone) {
-      await Promise.all(Array.from({ length: LANES }, lane))
+      await Promise.all(Array.from({ length: PARALLEL_PAGES }, takePages))
       await this.lookAgain()
     }
   }
 
-  private async begin(names: StreamName[]): Promise<void> {
+  private async begin(names: CallPlace[]): Promise<void> {
     const walks = await Promise.all(names.map((name) => startWalk(this.redis, name, this.scope.window)))
     const begun = walks.flatMap((walk): CallWalk[] =>
       walk ? [{ ...walk, matched: { turns: 0, events: 0 }, end: undefined, cursor: undefined }] : [],
@@ -238,14 +238,14 @@ export class Verification {
       const known = rows.filter((row) => isEntryId(row.streamId))
       const ids = known.map((row) => row.streamId)
       const entries = new Map((await readEntriesById(this.redis, walk, ids)).map((entry, i) => [ids[i]!, entry]))
-      const strays = rows.filter(({ streamId, key }) => {
+      const unmatched = rows.filter(({ streamId, key }) => {
         const entry = entries.get(streamId)
         const decoded = entry && factsOf(decodeAlone(lease, entry), streamId)
         return decoded?.table !== table || decoded.key !== key
       })
-      if (strays.length === 0) continue
+      if (unmatched.length === 0) continue
       const stream = await streamInfo(this.redis, walk) // after the look-ups: what is whole now was whole then
-      for (const { key, streamId } of strays) {
+      for (const { key, streamId } of unmatched) {
         const first = stream?.first
         const isOlder = first === undefined || (isEntryId(streamId) && compareIds(streamId, first) < 0)
         if (isOlder || !stream!.isWhole) {
@@ -261,13 +261,13 @@ export class Verification {
   }
 }
 
-async function* onePage(page: StreamName[]): AsyncGenerator<StreamName[]> {
+async function* onePage(page: CallPlace[]): AsyncGenerator<CallPlace[]> {
   yield page
 }
 
 function finding(
   kind: Finding['kind'],
-  { callSid }: StreamName,
+  { callSid }: CallPlace,
   { id, table, key, seq }: Pick<EntryFacts, 'id' | 'table' | 'key' | 'seq'>,
   more: { detail: string; columns?: string[] },
 ): Finding {

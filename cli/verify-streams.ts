@@ -1,9 +1,9 @@
 /** verify's side of Redis: which calls there are, how far their streams go, and their entries, a page at a time. */
 import { Cluster, type Redis } from 'ioredis'
-import { GROUP, type PartitionKeys, parseStreamKey, STREAM_PATTERN } from '../shared/keys.js'
+import { type CallPlace, GROUP, parseStreamKey, STREAM_PATTERN, sessionKey, streamKey } from '../shared/keys.js'
 import type { RedisClient } from '../shared/redis.js'
 import type { Entry } from '../sink/decode.js'
-import { compareIds } from '../sink/entries.js'
+import { compareIds } from './entries.js'
 
 /** Entries that are looked at together, and about how many bytes they may have. */
 const PAGE_ENTRIES = 1000
@@ -13,11 +13,6 @@ const SCAN_COUNT = 1000
 /** What an entry is taken to have where the session does not say. */
 const UNKNOWN_BYTES = 1024
 
-export interface StreamName {
-  callSid: string
-  partition: PartitionKeys
-}
-
 /** Bounds of entry ids, as XRANGE takes them: inclusive. */
 export interface Window {
   from: string
@@ -25,7 +20,7 @@ export interface Window {
 }
 
 /** How far one call has been looked through. */
-export interface Walk extends StreamName {
+export interface Walk extends CallPlace {
   /** Where XRANGE goes on. */
   next: string
   /** The last entry that is looked at: what comes later was not there when the stream was first looked at. */
@@ -43,13 +38,11 @@ export interface Stretch<W extends Walk> {
   isLast: boolean
 }
 
-export const streamOf = ({ callSid, partition }: StreamName) => partition.streamPrefix + callSid
-
 /** All calls' streams, in pages. SCAN may give a key more than once; here each comes once, which takes a set of all names. */
-export async function* scanStreams(client: RedisClient, pageSize: number): AsyncGenerator<StreamName[]> {
+export async function* scanStreams(client: RedisClient, pageSize: number): AsyncGenerator<CallPlace[]> {
   const nodes: Redis[] = client instanceof Cluster ? client.nodes('master') : [client]
   const seen = new Set<string>()
-  let page: StreamName[] = []
+  let page: CallPlace[] = []
   for (const node of nodes) {
     let cursor = '0'
     do {
@@ -70,17 +63,17 @@ export async function* scanStreams(client: RedisClient, pageSize: number): Async
 }
 
 /** @returns nothing of the window to look at: undefined */
-export async function startWalk(client: RedisClient, name: StreamName, window: Window): Promise<Walk | undefined> {
+export async function startWalk(client: RedisClient, name: CallPlace, window: Window): Promise<Walk | undefined> {
   const info = await streamInfo(client, name)
   if (!info || info.length === 0) return undefined
   // The session may be gone, or be somebody else's key; it only tells how much to read at once.
-  const said = await client.hget(name.partition.sessionPrefix + name.callSid, 'bytes').catch(() => null)
+  const said = await client.hget(sessionKey(name), 'bytes').catch(() => null)
   const bytesAnEntry = said === null ? UNKNOWN_BYTES : Math.ceil(Number(said) / info.length)
   const last = window.to === '+' || compareIds(info.last, window.to) < 0 ? info.last : window.to
   return { ...name, next: window.from, last, left: info.length, bytesAnEntry }
 }
 
-export interface StreamInfo {
+interface StreamInfo {
   length: number
   /** The last entry that was ever added. */
   last: string
@@ -91,9 +84,9 @@ export interface StreamInfo {
 }
 
 /** @returns undefined when there is no such stream */
-export async function streamInfo(client: RedisClient, name: StreamName): Promise<StreamInfo | undefined> {
+export async function streamInfo(client: RedisClient, name: CallPlace): Promise<StreamInfo | undefined> {
   try {
-    const info = named((await client.xinfo('STREAM', streamOf(name))) as unknown[])
+    const info = named((await client.xinfo('STREAM', streamKey(name))) as unknown[])
     const first = info['first-entry'] as Entry | null
     return {
       length: Number(info.length),
@@ -108,8 +101,8 @@ export async function streamInfo(client: RedisClient, name: StreamName): Promise
 }
 
 /** The last entry that is committed, as the sinks' group has it; 0-0 when there is no such group. */
-export async function readCursor(client: RedisClient, name: StreamName): Promise<string> {
-  const groups = await client.xinfo('GROUPS', streamOf(name)).catch((error: Error) => {
+export async function readCursor(client: RedisClient, name: CallPlace): Promise<string> {
+  const groups = await client.xinfo('GROUPS', streamKey(name)).catch((error: Error) => {
     if (/no such key/.test(error.message)) return []
     throw error
   })
@@ -134,7 +127,7 @@ export async function readPage<W extends Walk>(client: RedisClient, walks: W[]):
   walks.splice(0, page.length)
   return Promise.all(
     page.map(async ({ walk, count }) => {
-      const entries = await client.xrange(streamOf(walk), walk.next, walk.last, 'COUNT', count)
+      const entries = await client.xrange(streamKey(walk), walk.next, walk.last, 'COUNT', count)
       const last = entries.at(-1)?.[0]
       walk.left = Math.max(1, walk.left - entries.length)
       if (last !== undefined) walk.next = `(${last}`
@@ -144,8 +137,8 @@ export async function readPage<W extends Walk>(client: RedisClient, walks: W[]):
 }
 
 /** @returns which of the entries are there; undefined for each that is not */
-export function readEntriesById(client: RedisClient, name: StreamName, ids: string[]): Promise<(Entry | undefined)[]> {
-  return Promise.all(ids.map(async (id) => (await client.xrange(streamOf(name), id, id))[0]))
+export function readEntriesById(client: RedisClient, name: CallPlace, ids: string[]): Promise<(Entry | undefined)[]> {
+  return Promise.all(ids.map(async (id) => (await client.xrange(streamKey(name), id, id))[0]))
 }
 
 function named(flat: unknown[]): Record<string, unknown> {

@@ -1,16 +1,17 @@
 /** `calltape verify`: is all that is in the streams in PostgreSQL? */
 import { type Config, givenEnvironment, OperatorError, readConfig } from '../shared/config.js'
-import { createLog } from '../shared/log.js'
-import { createPool, reasonOf } from '../shared/postgres.js'
+import { type CallPlace, streamKey } from '../shared/keys.js'
+import { createLog, reasonOf } from '../shared/log.js'
+import { createPool } from '../shared/postgres.js'
 import { connectRedis, openPartitions, type RedisClient } from '../shared/redis.js'
 import { requireReachable, requireSchema } from '../shared/schema.js'
-import { compareIds, isEntryId } from '../sink/entries.js'
+import { compareIds, isEntryId } from './entries.js'
 import { createLiveView } from './live-view.js'
 import { runningStack } from './stack.js'
 import { Report } from './verify-report.js'
 import { READ_SETTINGS } from './verify-rows.js'
 import { Verification } from './verify-run.js'
-import { type StreamName, streamInfo, streamOf, type Window } from './verify-streams.js'
+import { streamInfo, type Window } from './verify-streams.js'
 
 export interface VerifyOptions {
   /** Only this call. */
@@ -79,11 +80,13 @@ export async function compareStores(
   }
 }
 
-async function findCall(redis: RedisClient, config: Config, callSid: string): Promise<StreamName> {
+async function findCall(redis: RedisClient, config: Config, callSid: string): Promise<CallPlace> {
   const partition = (await openPartitions(redis, config.PARTITIONS)).of(callSid)
   const name = { callSid, partition }
   if (await streamInfo(redis, name)) return name
-  throw new OperatorError(`Redis has no stream of call ${callSid} (key ${streamOf(name)}): there is nothing to compare`)
+  throw new OperatorError(
+    `Redis has no stream of call ${callSid} (key ${streamKey(name)}): there is nothing to compare`,
+  )
 }
 
 /** @returns stops it */

@@ -35,6 +35,7 @@ if batch <= last then
 end
 if batch > last + 1 then return redis.error_reply('GAP batch ' .. last + 1 .. ' has not been applied') end
 
+-- The same as END_STATUSES in shared/events.ts.
 local END_STATUS = { completed = true, busy = true, failed = true, ['no-answer'] = true, canceled = true }
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)

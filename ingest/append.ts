@@ -30,7 +30,7 @@ const MAX_RETRY_PAUSE_MS = 1000
 
 const appendScript = new Script('ingest/append.lua')
 
-/** Whoever waits for an event: a WebSocket connection or an HTTP request. */
+/** Whoever waits for an event: a WebSocket connection, an HTTP request, or a segment of the spool. */
 export interface Origin {
   /** @param refusal absent when the event is stored */
   settle(position: number, refusal?: Refusal): void

@@ -1,5 +1,5 @@
 /**
- * What waits for Redis, in a queue for each origin (a connection, a request); they are served in turn, a few events each. So
+ * What waits for Redis, in a queue for each origin (a connection, a request, a segment of the spool); they are served in turn, a few events each. So
  * whoever sends much waits for himself, and others wait for one turn of each origin that has something waiting.
  *
  * What must hold: the events of one call come out in the order in which they went in, whoever brought them. Therefore a call

@@ -16,7 +16,7 @@
 import { randomBytes } from 'node:crypto'
 import { open, readFile, rename } from 'node:fs/promises'
 import { join } from 'node:path'
-import { syncDirectory } from './segment.js'
+import { syncDirectory } from './spool-segment.js'
 
 /** Says it loudly enough for a log line and for the answer to a producer. */
 export class OwnershipLost extends Error {

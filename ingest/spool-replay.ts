@@ -3,7 +3,7 @@ import { open } from 'node:fs/promises'
 import { parseEvent, Refusal } from '../shared/events.js'
 import type { IngestMetrics } from '../shared/metrics.js'
 import type { Appender, Origin } from './append.js'
-import { FILE_MODE, readRecords, type Segment } from './segment.js'
+import { FILE_MODE, readRecords, type Segment } from './spool-segment.js'
 
 /** What the spool needs of the appender. */
 export type Sender = Pick<Appender, 'append' | 'isFull' | 'failure' | 'waitingMs'>

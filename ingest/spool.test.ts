@@ -12,8 +12,8 @@ import { createIngestMetrics } from '../shared/metrics.js'
 import { log, until } from '../test/support/stores.js'
 import { turn } from '../test/support/streams.js'
 import type { Origin } from './append.js'
-import { encodeRecords, segmentName, segmentPlace } from './segment.js'
 import { Spool, type SpoolEntry, type SpoolOptions } from './spool.js'
+import { encodeRecords, segmentName, segmentPlace } from './spool-segment.js'
 
 let directory: string
 beforeEach(async () => {

@@ -1,6 +1,6 @@
 /**
  * The spool: what Redis cannot take from producers that cannot be trusted to send it again, it keeps on disk, and gives it to
- * Redis in order once that is back, also after a restart. See segment.ts for its files, spool-owner.ts for whose they are.
+ * Redis in order once that is back, also after a restart. See spool-segment.ts for its files, spool-owner.ts for whose they are.
  *
  * What must hold:
  *  - what is reported as spooled is on the disk (fdatasync), and is deleted only when Redis has all of its segment;
@@ -19,9 +19,16 @@ import { OperatorError } from '../shared/config.js'
 import { crashPoint } from '../shared/crash.js'
 import type { Logger } from '../shared/log.js'
 import type { IngestMetrics } from '../shared/metrics.js'
-import { createDirectory, encodeRecords, listSegments, type Segment, segmentPlace, syncDirectory } from './segment.js'
 import { OwnershipLost, SpoolOwner } from './spool-owner.js'
 import { isAway, ReplayWindow, SegmentReplay, type Sender } from './spool-replay.js'
+import {
+  createDirectory,
+  encodeRecords,
+  listSegments,
+  type Segment,
+  segmentPlace,
+  syncDirectory,
+} from './spool-segment.js'
 import { SpoolWriter } from './spool-writer.js'
 
 const SEGMENT_BYTES = 8 * 1024 * 1024
@@ -36,7 +43,7 @@ const AWAY_POLL_MS = 50
 const YIELD_EVERY = 256
 const REFUSED_FILE = 'refused.ndjson'
 
-/** A request whose events are to be spooled. One of the last three is called, once. */
+/** A request whose events are to be spooled. Each `put` of it is answered by one of the last three. */
 export interface SpoolEntry {
   /** As many as it takes on the disk, or a few more. */
   readonly bytes: number

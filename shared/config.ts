@@ -1,6 +1,6 @@
 /**
  * The configuration: the one place that reads process.env. Every variable is validated at start; an error names the
- * variable and what it wants. README.md has the same table for people.
+ * variable and what it wants. README.md has the same table for people, but for CRASH_AT.
  */
 import { z } from 'zod'
 import { CRASH_POINTS, parseCrash } from './crash.js'

@@ -33,7 +33,7 @@ export const OWN_SOURCE = 'calltape'
  */
 export const PRESUMED_REASONS: ReadonlySet<string> = new Set(['abandoned', 'disconnected'])
 
-/** Would these events bring back a call that was presumed over? */
+/** Does this event bring back a call that was presumed over? */
 export function resumes({ type }: CallEvent): boolean {
   return type === 'turn' || type === 'call.connected'
 }

@@ -7,8 +7,9 @@
  *                           last-delivered-id is the last entry committed to PostgreSQL
  *     ct:{p}:session:<sid>  hash, the live session: what producers said last (`status`, `direction`, `from`, `stage`, …),
  *                           `connection` (of a bound one: connected or disconnected), `connection_id` (the latest one's),
- *                           `ended` (1 once it is over; `presumed`: unless it goes on after all), `presumed` (it was so at some time), `bytes` (of JSON appended),
- *                           `lapses` (deliveries in a row that came to nothing), `alone` (the entry that is being tried alone),
+ *                           `ended` (1 once it is over; `presumed`: unless it goes on after all), `reason` (of its end),
+ *                           `presumed` (it was presumed over at some time), `bytes` (of JSON appended), `lapses` (deliveries
+ *                           in a row that came to nothing), `alone` (the entry that is being tried alone),
  *                           `end_quarantined` (its end could not be stored, and was said in other words)
  *     ct:{p}:ready          zset: calls with uncommitted entries that no sink works on, by when the first of them arrived (ms)
  *     ct:{p}:leased         zset: calls a sink works on, by lease deadline (ms)
@@ -56,8 +57,17 @@ function partitionKeys(partition: number): PartitionKeys {
 /** SCAN's pattern for the streams of all calls. */
 export const STREAM_PATTERN = 'ct:{*}:call:*'
 
+/** A call, and where its keys are. */
+export interface CallPlace {
+  callSid: string
+  partition: PartitionKeys
+}
+
+export const streamKey = ({ callSid, partition }: CallPlace) => partition.streamPrefix + callSid
+export const sessionKey = ({ callSid, partition }: CallPlace) => partition.sessionPrefix + callSid
+
 /** @returns whose stream a key is; undefined when it is no call's */
-export function parseStreamKey(key: string): { callSid: string; partition: PartitionKeys } | undefined {
+export function parseStreamKey(key: string): CallPlace | undefined {
   const [, partition, callSid] = /^ct:\{(0|[1-9]\d{0,3})\}:call:(.+)$/s.exec(key) ?? []
   return callSid === undefined ? undefined : { callSid, partition: partitionKeys(Number(partition)) }
 }

@@ -33,11 +33,6 @@ export function createPool(
   return pool
 }
 
-/** Why a connection failed. Where a host has several addresses, Node's error has a code and no message. */
-export function reasonOf(error: Error): string {
-  return error.message || ((error as NodeJS.ErrnoException).code ?? error.name)
-}
-
 /** The SQLSTATE of an error of PostgreSQL, undefined for any other error. */
 export function sqlState(error: unknown): string | undefined {
   return error instanceof pg.DatabaseError ? error.code : undefined

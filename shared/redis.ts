@@ -7,7 +7,7 @@ import { Cluster, Redis } from 'ioredis'
 import { backoffMs } from './backoff.js'
 import { OperatorError } from './config.js'
 import { PARTITIONS_KEY, type PartitionKeys, Partitions } from './keys.js'
-import type { Logger } from './log.js'
+import { type Logger, reasonOf } from './log.js'
 import { readPackageFile } from './package-root.js'
 
 export type RedisClient = Redis | Cluster
@@ -58,7 +58,7 @@ export async function connectRedis(url: string, log: Logger): Promise<RedisClien
   // ioredis reports each failed attempt as an event; without a listener it would print them by itself.
   let lastError = ''
   client.on('error', (error: Error) => {
-    const reason = error.message || ((error as NodeJS.ErrnoException).code ?? error.name) // several addresses: no message
+    const reason = reasonOf(error)
     if (reason !== lastError) log.warn({ err: reason }, 'redis connection')
     lastError = reason
   })

@@ -3,8 +3,9 @@ import { readdirSync } from 'node:fs'
 import { join, parse } from 'node:path'
 import { runner } from 'node-pg-migrate'
 import { OperatorError } from './config.js'
+import { reasonOf } from './log.js'
 import { PACKAGE_ROOT } from './package-root.js'
-import { createPool, type Pool, reasonOf, sqlState } from './postgres.js'
+import { createPool, type Pool, sqlState } from './postgres.js'
 
 const MIGRATIONS = join(PACKAGE_ROOT, 'migrations')
 const MIGRATIONS_TABLE = 'calltape_migrations'

@@ -12,8 +12,8 @@ import {
   resumes,
   type Turn,
 } from '../shared/events.js'
-import { EVENT_FIELD } from '../shared/keys.js'
-import type { Lease, Settlement } from './lease.js'
+import { EVENT_FIELD, streamKey } from '../shared/keys.js'
+import { givenBack, type Lease, type Settlement } from './lease.js'
 
 /** As XREAD gives it: the id, and field, value, field, value … */
 export type Entry = [id: string, fields: string[]]
@@ -86,7 +86,7 @@ const LAST_EVENT_GRAIN_MS = 10_000
 export function decodeCall(lease: Lease, entries: Entry[], batch: Batch): void {
   const last = entries.at(-1)?.[0]
   if (last === undefined) {
-    batch.settlements.push({ lease, last: undefined, count: 0, finalized: false })
+    batch.settlements.push(givenBack(lease))
     return
   }
   const eventsBefore = batch.events.length
@@ -130,7 +130,7 @@ function decodeEntry(lease: Lease, [id, fields]: Entry, batch: Batch): CallEvent
 }
 
 export function quarantineRow(lease: Lease, [entryId, fields]: Entry, reason: string): QuarantineRow {
-  return { streamKey: lease.partition.streamPrefix + lease.callSid, entryId, reason, raw: JSON.stringify(fields) }
+  return { streamKey: streamKey(lease), entryId, reason, raw: JSON.stringify(fields) }
 }
 
 function fieldOf(fields: string[], name: string): string | undefined {

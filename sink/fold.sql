@@ -42,7 +42,8 @@ WITH batch AS (
       coalesce(min(occurred_at) FILTER (WHERE type = 'call.ended' AND NOT own), min(occurred_at) FILTER (WHERE is_end)) AS over_at,
       -- The call's last connection, and when each one was lost: an older one's end may be noticed after the last one began.
       (array_agg(event->>'connection' ORDER BY n DESC) FILTER (WHERE type = 'call.connected'))[1] AS last_connection,
-      jsonb_object_agg(event->>'connection', occurred_at ORDER BY n) FILTER (WHERE type = 'call.disconnected' AND event ? 'connection') AS lost,
+      jsonb_object_agg(event->>'connection', occurred_at ORDER BY n)
+        FILTER (WHERE type = 'call.disconnected' AND event ? 'connection') AS lost,
       coalesce(bool_or(type = 'call.ended' AND NOT presumed), false) AS has_ended
     FROM (
       SELECT type, event, occurred_at, string_to_array(stream_id, '-')::numeric[] AS place,
@@ -62,7 +63,9 @@ WITH batch AS (
       count(*)::int AS turn_count, count(seq) AS numbered, count(DISTINCT seq) AS distinct_seqs, max(seq) AS last_seq,
       min(spoken_at) AS first_turn_at, max(spoken_at) AS last_turn_at, max(stream_place) AS last_turn_place
     FROM (
-      SELECT CASE WHEN presumed_place IS NOT NULL THEN string_to_array(stream_id, '-')::numeric[] END AS stream_place, seq, speaker, text, spoken_at, coalesce(seq, max(seq) OVER spoken) AS place, row_number() OVER spoken AS n
+      SELECT seq, speaker, text, spoken_at, coalesce(seq, max(seq) OVER spoken) AS place, row_number() OVER spoken AS n,
+        -- Only where it is asked for: casts cost.
+        CASE WHEN presumed_place IS NOT NULL THEN string_to_array(stream_id, '-')::numeric[] END AS stream_place
       FROM call_transcript_turns
       WHERE call_sid = b.call_sid AND (has_ended OR presumed_place IS NOT NULL) -- a live call's turns are not read
       WINDOW spoken AS (ORDER BY spoken_at, ingested_at, split_part(stream_id, '-', 2)::numeric)

@@ -5,9 +5,8 @@
  */
 import { setTimeout as sleep } from 'node:timers/promises'
 import { backoffMs } from '../shared/backoff.js'
-import type { Logger } from '../shared/log.js'
+import { type Logger, reasonOf } from '../shared/log.js'
 import type { Pool } from '../shared/postgres.js'
-import { reasonOf } from '../shared/postgres.js'
 
 const FIRST_PAUSE_MS = 50
 const MAX_PAUSE_MS = 5000

@@ -1,6 +1,6 @@
 /** The leases that a worker holds, kept alive for as long as it works on them. */
 import type { Logger } from '../shared/log.js'
-import type { Lease, Leases, Settled, Settlement } from './lease.js'
+import { givenBack, type Lease, type Leases, type Settled, type Settlement } from './lease.js'
 
 export class Hold {
   private readonly held: Set<Lease>
@@ -32,7 +32,7 @@ export class Hold {
   /** Gives back what is still held: whoever works next may have it at once. */
   async end(): Promise<void> {
     clearInterval(this.timer)
-    const settlements = [...this.held].map((lease) => ({ lease, last: undefined, count: 0, finalized: false }))
+    const settlements = [...this.held].map(givenBack)
     if (settlements.length === 0) return
     await this.settle(settlements).catch((error: Error) => {
       this.log.warn({ err: error.message }, 'leases could not be given back; they will lapse')

@@ -1,5 +1,8 @@
-/** The scripts that share calls out among sinks: lease, prolong, settle, reclaim, reap. See the .lua files for what each must hold. */
-import type { PartitionKeys, Partitions } from '../shared/keys.js'
+/**
+ * The scripts that share calls out among sinks: lease, prolong, isolate, settle, reclaim, reap, end. See the .lua files for what
+ * each must hold.
+ */
+import { type CallPlace, type PartitionKeys, type Partitions, sessionKey, streamKey } from '../shared/keys.js'
 import { type Lane, lanesOf, type RedisClient, Script } from '../shared/redis.js'
 import { MAX_READ_ENTRIES } from './read.js'
 
@@ -12,9 +15,7 @@ const reapScript = new Script('sink/reap.lua')
 const endScript = new Script('sink/end.lua')
 
 /** A call that this sink alone may work on until `deadline`. */
-export interface Lease {
-  callSid: string
-  partition: PartitionKeys
+export interface Lease extends CallPlace {
   /** Redis' clock, epoch ms; also the token that proves the lease. `prolong` moves it. */
   deadline: number
   /** The last entry committed to PostgreSQL. */
@@ -50,6 +51,9 @@ export interface Settlement {
   /** Something that could be read is in quarantine now: it may have been the call's end. */
   quarantined?: boolean
 }
+
+/** Nothing of it was committed: whoever works next may have the call at once. */
+export const givenBack = (lease: Lease): Settlement => ({ lease, last: undefined, count: 0, finalized: false })
 
 export interface Settled {
   /** How many leases had lapsed. */
@@ -140,14 +144,9 @@ export class Leases {
    * @param read how many entries were read up to there; -1: unknown
    * @returns false when the lease had lapsed
    */
-  async isolate(
-    { partition, callSid, deadline }: Lease,
-    last: string,
-    read: number,
-    entryId: string,
-  ): Promise<boolean> {
-    const keys = [partition.leased, partition.streamPrefix + callSid, partition.sessionPrefix + callSid]
-    return (await isolateScript.run(this.client, keys, [deadline, callSid, last, read, entryId])) === 1
+  async isolate(lease: Lease, last: string, read: number, entryId: string): Promise<boolean> {
+    const keys = [lease.partition.leased, streamKey(lease), sessionKey(lease)]
+    return (await isolateScript.run(this.client, keys, [lease.deadline, lease.callSid, last, read, entryId])) === 1
   }
 
   async settle(settlements: Settlement[]): Promise<Settled> {
@@ -170,14 +169,12 @@ export class Leases {
     const first = group[0]!.lease
     const keys = [this.laneOf.get(first.partition)!.wake]
     const args: (string | number)[] = [first.deadline]
-    for (const { lease, last, count, finalized, lapsed, quarantined } of group) {
+    for (const settlement of group) {
+      const { lease, last, count } = settlement
       const p = lease.partition
-      keys.push(p.ready, p.leased, p.open, p.ended, p.streamPrefix + lease.callSid, p.sessionPrefix + lease.callSid)
+      keys.push(p.ready, p.leased, p.open, p.ended, streamKey(lease), sessionKey(lease))
       const read = lease.read < 0 ? -1 : lease.read + count
-      args.push(lease.callSid, last ?? lease.cursor, read, finalized ? 1 : quarantined ? 2 : 0)
-      if (lapsed) args.push(2)
-      else if (lease.lapses === 0) args.push(0)
-      else args.push(last === undefined ? 3 : 1)
+      args.push(lease.callSid, last ?? lease.cursor, read, endOf(settlement), lapsesAfter(settlement))
     }
     return (await settleScript.run(this.client, keys, args)) as [number, number[], [string, number][]]
   }
@@ -205,8 +202,8 @@ export class Leases {
   /** @returns true when Redis knew nothing of the call, and it has got its `call.ended` */
   async end(callSid: string): Promise<boolean> {
     const p = this.partitions.of(callSid)
-    const lists = [p.ready, p.leased, p.open, p.ended]
-    const keys = [this.laneOf.get(p)!.wake, ...lists, p.streamPrefix + callSid, p.sessionPrefix + callSid]
+    const call = { callSid, partition: p }
+    const keys = [this.laneOf.get(p)!.wake, p.ready, p.leased, p.open, p.ended, streamKey(call), sessionKey(call)]
     return (await endScript.run(this.client, keys, [callSid, p.partition])) === 1
   }
 
@@ -251,6 +248,17 @@ export class Leases {
     for (const partition of partitions) addTo(groups, this.laneOf.get(partition)!, partition)
     return groups
   }
+}
+
+/** What settle.lua is told of the call's end. */
+const endOf = ({ finalized, quarantined }: Settlement) =>
+  finalized ? 'finalized' : quarantined ? 'quarantined' : 'unknown'
+
+/** What settle.lua is to do with the call's lapses. */
+function lapsesAfter({ lease, last, lapsed }: Settlement): 'none' | 'add' | 'keep' | 'forget' {
+  if (lapsed) return 'add'
+  if (lease.lapses === 0) return 'none'
+  return last === undefined ? 'keep' : 'forget'
 }
 
 function addTo<K, V>(groups: Map<K, V[]>, key: K, value: V): void {

@@ -7,6 +7,7 @@
  */
 
 import { Cluster } from 'ioredis'
+import { streamKey } from '../shared/keys.js'
 import type { RedisClient } from '../shared/redis.js'
 import type { Entry } from './decode.js'
 import type { Lease, LeaseLimits } from './lease.js'
@@ -28,12 +29,10 @@ export async function readEntries(
 ): Promise<void> {
   const readGroup = async (group: Group) => {
     const found = new Map(await readTogether(client, group))
-    for (const lease of group.leases) take(lease, found.get(streamOf(lease)) ?? [])
+    for (const lease of group.leases) take(lease, found.get(streamKey(lease)) ?? [])
   }
   await Promise.all(groups(client, leases, limits).map(readGroup))
 }
-
-const streamOf = (lease: Lease) => lease.partition.streamPrefix + lease.callSid
 
 /** How many entries of a call one command may bring: one at least. */
 function mostEntries({ bytesAnEntry }: Lease, limits: LeaseLimits): number {
@@ -71,5 +70,5 @@ function groups(client: RedisClient, leases: Lease[], limits: LeaseLimits): Grou
 
 async function readTogether(client: RedisClient, { leases, count }: Group): Promise<[string, Entry[]][]> {
   const cursors = leases.map((lease) => lease.cursor)
-  return (await client.xread('COUNT', count, 'STREAMS', ...leases.map(streamOf), ...cursors)) ?? []
+  return (await client.xread('COUNT', count, 'STREAMS', ...leases.map(streamKey), ...cursors)) ?? []
 }

@@ -10,6 +10,7 @@
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local left = tonumber(ARGV[1])
+-- The same as END_STATUSES in shared/events.ts.
 local END_STATUS = { completed = true, busy = true, failed = true, ['no-answer'] = true, canceled = true }
 local reaped, woken = {}, {}
 

@@ -9,8 +9,8 @@
 --       then for each call: call_sid
 --                           last entry committed (the cursor as it was: the call is only given back)
 --                           entries read by the group up to there (-1: unknown)
---                           1 if the call is finalized, 2 if what was to end it may be in quarantine now, else 0
---                           its lapses: 0 it had none; 1 forget them; 2 this delivery was one more; 3 leave them
+--                           `finalized`; `quarantined`: what was to end it may be in quarantine now; else `unknown`
+--                           its lapses: `none` it had; `forget` them; `add` one, this delivery was it; `keep` them
 -- Reply {number of leases that had lapsed, {partition numbers with calls that are ready again},
 --        {call_sid, entries that were added behind the cursor and are gone: lost} for each call with any}
 local time = redis.call('TIME')
@@ -31,7 +31,7 @@ end
 for c = 0, (#KEYS - 1) / 6 - 1 do
   local k, a = 2 + 6 * c, 2 + 5 * c
   local ready, leased, open, ended, stream = KEYS[k], KEYS[k + 1], KEYS[k + 2], KEYS[k + 3], KEYS[k + 4]
-  local sid, last, read, lapses = ARGV[a], ARGV[a + 1], ARGV[a + 2], ARGV[a + 4]
+  local sid, last, read, ending, lapses = ARGV[a], ARGV[a + 1], ARGV[a + 2], ARGV[a + 3], ARGV[a + 4]
   if redis.call('ZSCORE', leased, sid) ~= ARGV[1] then
     lapsed = lapsed + 1
   else
@@ -48,16 +48,16 @@ for c = 0, (#KEYS - 1) / 6 - 1 do
       redis.pcall('XGROUP', 'SETID', stream, 'sink', last, 'ENTRIESREAD', read)
     end
     -- Whatever was being tried alone, its sink has lived to settle.
-    if lapses ~= '0' then redis.pcall('HDEL', KEYS[k + 5], 'alone') end
-    if lapses == '1' then redis.pcall('HDEL', KEYS[k + 5], 'lapses') end
-    if lapses == '2' then redis.pcall('HINCRBY', KEYS[k + 5], 'lapses', 1) end
+    if lapses ~= 'none' then redis.pcall('HDEL', KEYS[k + 5], 'alone') end
+    if lapses == 'forget' then redis.pcall('HDEL', KEYS[k + 5], 'lapses') end
+    if lapses == 'add' then redis.pcall('HINCRBY', KEYS[k + 5], 'lapses', 1) end
     -- A call that was presumed over may have come back meanwhile.
-    if ARGV[a + 3] == '1' and not (redis.call('ZSCORE', open, sid) and not redis.pcall('HGET', KEYS[k + 5], 'ended')) then
+    if ending == 'finalized' and not (redis.call('ZSCORE', open, sid) and not redis.pcall('HGET', KEYS[k + 5], 'ended')) then
       redis.call('ZREM', open, sid)
       redis.call('ZADD', ended, now, sid)
     end
     -- An end that could not be stored: the reaper says it in our own words, once.
-    if ARGV[a + 3] == '2' and not redis.call('ZSCORE', ended, sid) and redis.pcall('HGET', KEYS[k + 5], 'ended') == '1'
+    if ending == 'quarantined' and not redis.call('ZSCORE', ended, sid) and redis.pcall('HGET', KEYS[k + 5], 'ended') == '1'
       and redis.call('HSETNX', KEYS[k + 5], 'end_quarantined', '1') == 1 then
       redis.call('ZADD', open, now, sid)
     end

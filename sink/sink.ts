@@ -1,9 +1,9 @@
 /** The sink process: workers, what has to be done now and then (reclaim, reap), and what it tells of itself over HTTP. */
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { Config } from '../shared/config.js'
-import type { Logger } from '../shared/log.js'
+import { type Logger, reasonOf } from '../shared/log.js'
 import { createSinkMetrics } from '../shared/metrics.js'
-import { createPool, type Pool, reasonOf } from '../shared/postgres.js'
+import { createPool, type Pool } from '../shared/postgres.js'
 import { connectRedis, openPartitions, type RedisClient, warnOfLoss } from '../shared/redis.js'
 import { requireReachable, requireSchema } from '../shared/schema.js'
 import { askWritable, Gate } from './gate.js'

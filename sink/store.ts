@@ -9,7 +9,7 @@ import type { Pool } from '../shared/postgres.js'
 import type { RedisClient } from '../shared/redis.js'
 import { EncodedTurns } from './copy.js'
 import { type Batch, decodeCall, type Entry, emptyBatch, entryMs, type QuarantineRow, quarantineRow } from './decode.js'
-import type { Lease, LeaseLimits, Leases, Settlement } from './lease.js'
+import { givenBack, type Lease, type LeaseLimits, type Leases, type Settlement } from './lease.js'
 import type { Progress } from './progress.js'
 import { readEntries } from './read.js'
 import { type Verdict, verdictOn } from './verdict.js'
@@ -116,7 +116,7 @@ export class Store {
     for (const entry of await this.entriesOf(lease, ALONE_ENTRIES)) {
       const [id] = entry
       const isHeld = await this.context.leases.isolate(lease, lease.cursor, lease.read, id)
-      if (!isHeld) return { lease, last: undefined, count: 0, finalized: false }
+      if (!isHeld) return givenBack(lease)
       const stored = await this.storeAlone(lease, entry)
       quarantined ||= stored.quarantined ?? false
       lease.finalized = stored.finalized

@@ -11,7 +11,7 @@ import type { Logger } from '../shared/log.js'
 import { sqlState } from '../shared/postgres.js'
 import type { Gate } from './gate.js'
 import { Hold } from './hold.js'
-import type { Lease, Settlement } from './lease.js'
+import { givenBack, type Lease, type Settlement } from './lease.js'
 import { NotStored, Store, type StoreContext } from './store.js'
 import { hintOn } from './verdict.js'
 import type { Wake } from './wake.js'
@@ -73,7 +73,7 @@ export class Worker {
       // What came to nothing before goes last and alone: it may take its sink with it once more.
       const [suspects, others] = [taken.filter((l) => l.lapses > 0), taken.filter((l) => l.lapses === 0)]
       for (const batch of [others, ...suspects.map((lease) => [lease])]) {
-        if (batch.length > 0 && !(await this.deliver(hold, batch))) break
+        if (batch.length > 0 && !(await this.storeAndSettle(hold, batch))) break
       }
     } finally {
       await hold.end()
@@ -81,7 +81,7 @@ export class Worker {
   }
 
   /** @returns false when it came to nothing, and nothing else should be tried now */
-  private async deliver(hold: Hold, batch: Lease[]): Promise<boolean> {
+  private async storeAndSettle(hold: Hold, batch: Lease[]): Promise<boolean> {
     const { gate, progress } = this.context
     const done = progress.began()
     try {
@@ -120,7 +120,7 @@ export class Worker {
       progress.failed('batch', cause)
       const failure = { err: cause.message, code: sqlState(cause), calls: batch.length }
       log.warn(failure, 'batch failed for an unclear reason: its calls will be tried by themselves')
-      const lapsed = batch.map((lease) => ({ lease, last: undefined, count: 0, finalized: false, lapsed: true }))
+      const lapsed = batch.map((lease) => ({ ...givenBack(lease), lapsed: true }))
       await this.settle(hold, lapsed)
       await this.pause()
     } else {

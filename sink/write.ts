@@ -78,17 +78,11 @@ export interface Written {
 /** What PostgreSQL's own statement_timeout does not end in time: then nobody answers any more. */
 const SILENCE_MS = 5000
 
-const WRITE_TIMEOUT_MS = 60_000
-
 /**
  * @param timeoutMs for a statement, as in `writeSettings`; all of it may take a little longer
  * @throws whatever PostgreSQL says, or WriteTimeout; then nothing of the batch is stored, or nobody knows
  */
-export async function writeBatch(
-  pool: Pool,
-  batch: Batch<EncodedTurns>,
-  timeoutMs = WRITE_TIMEOUT_MS,
-): Promise<Written> {
+export async function writeBatch(pool: Pool, batch: Batch<EncodedTurns>, timeoutMs: number): Promise<Written> {
   const client = await pool.connect()
   let late: WriteTimeout | undefined
   const timer = setTimeout(() => {
@@ -96,7 +90,7 @@ export async function writeBatch(
     client.release(late) // ends the connection, and with it what waits for its answer
   }, timeoutMs + SILENCE_MS)
   try {
-    const written = await writeTurnsFirst(client, batch)
+    const written = await copyOrStage(client, batch)
     if (!late) client.release()
     return written
   } catch (error) {
@@ -108,7 +102,8 @@ export async function writeBatch(
   }
 }
 
-async function writeTurnsFirst(client: PoolClient, batch: Batch<EncodedTurns>): Promise<Written> {
+/** Straight into the table; through staging when that meets a turn which is there already, or is bound to. */
+async function copyOrStage(client: PoolClient, batch: Batch<EncodedTurns>): Promise<Written> {
   if (batch.redelivered) return await inTransaction(client, () => writeAll(client, batch, stageTurns))
   try {
     const isOneStatement = batch.events.length + batch.quarantine.length + batch.calls.length === 0

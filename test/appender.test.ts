@@ -3,8 +3,9 @@ import type { Redis } from 'ioredis'
 import { afterAll, afterEach, beforeAll, beforeEach, expect, test } from 'vitest'
 import { Partitions } from '../shared/keys.js'
 import { connectRedis } from '../shared/redis.js'
+import { Relay } from './support/relay.js'
 import { log, until } from './support/stores.js'
-import { eventsOf, type LocalRedis, ownRedis, Producer, Relay, type Store, seqsOf, turn } from './support/streams.js'
+import { eventsOf, type LocalRedis, ownRedis, Producer, type Store, seqsOf, turn } from './support/streams.js'
 
 let server: LocalRedis
 /** Connected to Redis itself, and never cut. */

@@ -87,7 +87,7 @@ class Call {
     const read = entries.map(([id, said]): Entry => [id, ['e', JSON.stringify({ ...said, call_sid: this.sid })]])
     decodeCall(lease, read, batch)
     expect(batch.quarantine).toEqual([])
-    await writeBatch(database.pool, batch)
+    await writeBatch(database.pool, batch, 60_000)
     this.cursor = entries.at(-1)![0]
     this.finalized ||= batch.settlements[0]!.finalized
     return this

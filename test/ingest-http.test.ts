@@ -10,8 +10,9 @@ import type { Ingest } from '../ingest/ingest.js'
 import { Partitions } from '../shared/keys.js'
 import { connectRedis } from '../shared/redis.js'
 import { testIngest, Wire } from './support/ingest.js'
+import { Relay } from './support/relay.js'
 import { freshRedis, log, type RedisDatabase, until } from './support/stores.js'
-import { eventsOf, type LocalRedis, ownRedis, Relay, type Store, turn } from './support/streams.js'
+import { eventsOf, type LocalRedis, ownRedis, type Store, turn } from './support/streams.js'
 
 let redis: RedisDatabase
 beforeEach(async () => {

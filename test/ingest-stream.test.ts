@@ -15,13 +15,13 @@ import { Partitions } from '../shared/keys.js'
 import { createIngestMetrics } from '../shared/metrics.js'
 import { connectRedis } from '../shared/redis.js'
 import { testIngest, Wire } from './support/ingest.js'
+import { Relay } from './support/relay.js'
 import { freshRedis, log, type RedisDatabase, until } from './support/stores.js'
 import {
   entriesOf,
   eventsOf,
   type LocalRedis,
   ownRedis,
-  Relay,
   type Store,
   seqsOf,
   streamOf,

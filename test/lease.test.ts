@@ -1,13 +1,12 @@
 /** lease: who gets a call, how much at once, and where to read on. */
 import { afterEach, beforeEach, expect, test } from 'vitest'
-import { Leases } from '../sink/lease.js'
+import { givenBack, Leases } from '../sink/lease.js'
 import { freshRedis, type RedisDatabase } from './support/stores.js'
 import {
   callsIn,
   committed,
   entriesOf,
   everywhere,
-  givenBack,
   groupOf,
   LIMITS,
   leaseAll,

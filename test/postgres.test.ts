@@ -3,8 +3,9 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import { describe, expect, test } from 'vitest'
 import { createPool } from '../shared/postgres.js'
 import { Calls, ended, newSid, type Row, seqs } from './support/calls.js'
+import { Relay } from './support/relay.js'
 import { freshDatabase, freshRedis, startTestStack, until } from './support/stores.js'
-import { groupOf, Relay, turn } from './support/streams.js'
+import { groupOf, turn } from './support/streams.js'
 
 describe.concurrent('a PostgreSQL', () => {
   /** Makes the first insertion of a turn with this text take a while, at the INSERT or at the COMMIT. */

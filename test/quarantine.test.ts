@@ -1,13 +1,6 @@
 /** `calltape quarantine`: what could not be stored is seen, stored once its cause is mended, or given up; nothing else changes. */
-import { spawn } from 'node:child_process'
-import { once } from 'node:events'
-import { join } from 'node:path'
 import { afterAll, beforeAll, beforeEach, describe, expect, test, vi } from 'vitest'
 import * as commands from '../cli/quarantine.js'
-import { compareStores } from '../cli/verify.js'
-import { childEnvironment, OperatorError } from '../shared/config.js'
-import { PACKAGE_ROOT } from '../shared/package-root.js'
-import { createPool, type Pool } from '../shared/postgres.js'
 import {
   type Choice,
   dropQuarantined,
@@ -17,8 +10,12 @@ import {
   type Retried,
   readFields,
   retryQuarantined,
-} from '../sink/quarantine.js'
+} from '../cli/quarantined-entries.js'
+import { compareStores } from '../cli/verify.js'
+import { OperatorError } from '../shared/config.js'
+import { createPool, type Pool } from '../shared/postgres.js'
 import { Calls, ended, newSid, type Row } from './support/calls.js'
+import { calltape } from './support/program.js'
 import { streamOf, turn } from './support/streams.js'
 
 let calls: Calls
@@ -45,10 +42,7 @@ beforeEach(async () => {
 
 /** An entry by the hand of somebody else. */
 async function foreign(...fields: (string | Buffer)[]): Promise<void> {
-  const { client, partitions } = calls.stack.redis
-  await client.xadd(streamOf(calls.stack.redis, sid), '*', ...fields)
-  await client.zadd(partitions.of(sid).ready, Date.now(), sid)
-  await calls.wake(sid)
+  await calls.foreign(sid, [fields])
   await calls.settled(sid)
 }
 
@@ -226,16 +220,9 @@ test('what_is_not_UTF_8_is_read_back_byte_for_byte', () => {
 })
 
 /** As a process. */
-async function run(...args: string[]) {
-  const child = spawn('node', [join(PACKAGE_ROOT, 'dist/cli/calltape.js'), 'quarantine', ...args], {
-    env: childEnvironment({ REDIS_URL: calls.stack.redis.url, DATABASE_URL: calls.stack.database.url }),
-    stdio: ['ignore', 'pipe', 'pipe'],
-  })
-  let [out, err] = ['', '']
-  child.stdout.on('data', (data) => (out += data))
-  child.stderr.on('data', (data) => (err += data))
-  const [code] = (await once(child, 'close')) as [number]
-  return { code, out, err }
+const run = (...args: string[]) => {
+  const { REDIS_URL, DATABASE_URL } = calls.stack.config
+  return calltape(['quarantine', ...args], { REDIS_URL, DATABASE_URL })
 }
 
 /** A command in this process, which is much faster. @returns what it prints */

@@ -1,11 +1,10 @@
 /** reclaim: what a sink that died or hangs had leased goes to another, nothing missing. */
 import { afterEach, beforeEach, expect, test } from 'vitest'
-import { Leases } from '../sink/lease.js'
+import { givenBack, Leases } from '../sink/lease.js'
 import { freshRedis, type RedisDatabase, until } from './support/stores.js'
 import {
   callsIn,
   committed,
-  givenBack,
   groupOf,
   LIMITS,
   leaseAll,

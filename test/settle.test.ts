@@ -1,12 +1,11 @@
 /** settle: the cursor moves with what is committed, the lease ends, and nothing that arrived meanwhile is forgotten. */
 import { afterEach, beforeEach, expect, test } from 'vitest'
-import { Leases } from '../sink/lease.js'
+import { givenBack, Leases } from '../sink/lease.js'
 import { freshRedis, type RedisDatabase, until } from './support/stores.js'
 import {
   callsIn,
   committed,
   entriesOf,
-  givenBack,
   groupOf,
   LIMITS,
   leaseAll,

@@ -305,7 +305,7 @@ describe('once', () => {
     const sid = newSid()
     await calls.producer.store({ type: 'call.started', call_sid: sid, from: '+1' }, turn(sid, 0))
     await calls.producer.store(...seqs(50, 1).map((seq) => turn(sid, seq)), { ...turn(sid, 51), id: 'k' })
-    await calls.foreign(sid, ['nothing', 'of ours'])
+    await calls.foreign(sid, [['nothing', 'of ours']])
     await calls.producer.store(ended(sid, 52))
     const { redis, database } = calls.stack
     const leases = new Leases(redis.client, redis.partitions, 100)
@@ -313,7 +313,7 @@ describe('once', () => {
     const { leases: taken } = await leases.lease(everywhere(redis.partitions), limits)
     const batch = emptyBatch(new EncodedTurns())
     for (const { lease, entries } of await readAll(redis.client, taken, LIMITS)) decodeCall(lease, entries, batch)
-    await writeBatch(database.pool, batch)
+    await writeBatch(database.pool, batch, 60_000)
     const snapshot = async () => [
       await calls.turns(sid),
       await calls.session(sid),
@@ -364,7 +364,8 @@ describe('what_cannot_be_stored', () => {
       [/^invalid_field: turn_count /, entry(sid, { type: 'call.ended', turn_count: '2' })],
     ]
     await calls.storeSettled(turn(sid, 0))
-    const ids = await calls.foreign(sid, ...foreign.map(([, fields]) => fields))
+    const entries = foreign.map(([, fields]) => fields)
+    const ids = await calls.foreign(sid, entries)
     await calls.storeSettled(turn(sid, 1), ended(sid, 2))
     const rows = await calls.quarantined(sid)
     expect(rows.length).toBe(foreign.length)
@@ -381,13 +382,13 @@ describe('what_cannot_be_stored', () => {
 
   test('alone_in_a_call_does_not_keep_its_first_turn_from_making_the_row', async () => {
     const sid = newSid()
-    await calls.foreign(sid, ['no', 'event'])
+    await calls.foreign(sid, [['no', 'event']])
     await calls.settled(sid)
     expect(await calls.turns(sid)).toEqual([])
     expect((await calls.quarantined(sid)).length).toBe(1)
     await calls.storeSettled(turn(sid, 0))
     expect(await calls.session(sid)).toMatchObject({ status: 'in-progress', finalized_at: null })
-    await calls.foreign(sid, ['no', 'event either'])
+    await calls.foreign(sid, [['no', 'event either']])
     await calls.storeSettled(ended(sid, 1))
     expect(await calls.session(sid)).toMatchObject({ complete: true, turn_count: 1 })
   })

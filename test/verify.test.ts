@@ -1,18 +1,15 @@
 /** `calltape verify`: exit code 0 means that all that was in the streams is in PostgreSQL; everything else is named. */
-import { spawn } from 'node:child_process'
-import { once } from 'node:events'
-import { join } from 'node:path'
 import { Redis } from 'ioredis'
 import { afterAll, beforeAll, describe, expect, onTestFinished, test } from 'vitest'
 import { compareStores, readWindow } from '../cli/verify.js'
 import type { Report } from '../cli/verify-report.js'
 import { scanStreams } from '../cli/verify-streams.js'
-import { childEnvironment, OperatorError, readConfig } from '../shared/config.js'
+import { OperatorError, readConfig } from '../shared/config.js'
 import type { CallEvent } from '../shared/events.js'
-import { PACKAGE_ROOT } from '../shared/package-root.js'
 import { connectRedis, openPartitions } from '../shared/redis.js'
 import { startSink } from '../sink/sink.js'
 import { Calls, ended, newSid } from './support/calls.js'
+import { calltape } from './support/program.js'
 import { Relay } from './support/relay.js'
 import { freshDatabase, log, until } from './support/stores.js'
 import { entriesOf, groupOf, ownRedis, Producer, streamOf, turn } from './support/streams.js'
@@ -30,15 +27,6 @@ const settled = ({ stack }: Calls, sid: string) =>
     const [last] = await stack.redis.client.xrevrange(streamOf(stack.redis, sid), '+', '-', 'COUNT', 1)
     return (await groupOf(stack.redis, sid))?.['last-delivered-id'] === last?.[0]
   })
-
-/** An entry by the hand of somebody who knows where calltape looks, but not what for. */
-async function foreign(calls: Calls, sid: string, fields: (string | Buffer)[], id = '*'): Promise<string> {
-  const { client, partitions } = calls.stack.redis
-  const entryId = (await client.xadd(streamOf(calls.stack.redis, sid), id, ...fields))!
-  await client.zadd(partitions.of(sid).ready, Date.now(), sid)
-  await calls.wake(sid)
-  return entryId
-}
 
 const started = (sid: string): CallEvent => ({ type: 'call.started', call_sid: sid, from: '+14155550100' })
 const call = (sid: string, turns = 3): CallEvent[] => [
@@ -98,9 +86,9 @@ describe('what_is_all_there', () => {
       ['e', Buffer.from([0x7b, 0xff, 0x7d])],
       [Buffer.from([0xff]), 'x'],
     ]
-    await foreign(s, sid, ['e', '{"type":"turn","speaker":"bot","text":"not ours, but right"}'], '0-1')
-    for (const [i, fields] of bad.entries()) await foreign(s, sid, fields, `${i + 1}-18446744073709551615`)
-    await foreign(s, sid, ['v', '1', 'e', JSON.stringify(turn(sid, 5))], '18446744073709551615-1')
+    await s.foreign(sid, [['e', '{"type":"turn","speaker":"bot","text":"not ours, but right"}']], '0-1')
+    for (const [i, fields] of bad.entries()) await s.foreign(sid, [fields], `${i + 1}-18446744073709551615`)
+    await s.foreign(sid, [['v', '1', 'e', JSON.stringify(turn(sid, 5))]], '18446744073709551615-1')
     await settled(s, sid)
     const report = await verify(s, sid)
     expect(found(report)).toEqual([])
@@ -217,7 +205,7 @@ describe('a_finding', () => {
       ['200000-1', 'second'],
       ['300000-1', 'third'],
     ] as const) {
-      await foreign(s, sid, ['e', JSON.stringify(turn(sid, 0, text))], id)
+      await s.foreign(sid, [['e', JSON.stringify(turn(sid, 0, text))]], id)
     }
     await settled(s, sid)
     expect((await verify(s, sid)).counts).toMatchObject({ entries: 3, turns: 1, duplicates: 2 })
@@ -283,7 +271,7 @@ describe('a_finding', () => {
 
   test('is_an_unreadable_entry_that_is_not_in_quarantine', async () => {
     const sid = newSid()
-    const id = await foreign(s, sid, ['e', '{'])
+    const [id] = await s.foreign(sid, [['e', '{']])
     await settled(s, sid)
     expect((await verify(s, sid)).counts).toMatchObject({ entries: 1, quarantined: 1 })
     await s.query('DELETE FROM quarantined_events WHERE stream_key = $1', streamOf(s.stack.redis, sid))
@@ -499,17 +487,9 @@ describe('the_command', () => {
   })
   afterAll(() => s.stack.end())
 
-  async function run(args: string[], environment: Record<string, string> = {}) {
+  function run(args: string[], environment: Record<string, string> = {}) {
     const { REDIS_URL, DATABASE_URL } = s.stack.config
-    const child = spawn('node', [join(PACKAGE_ROOT, 'dist/cli/calltape.js'), 'verify', ...args], {
-      env: childEnvironment({ REDIS_URL, DATABASE_URL, ...environment }),
-      stdio: ['ignore', 'pipe', 'pipe'],
-    })
-    let [out, err] = ['', '']
-    child.stdout.on('data', (data) => (out += data))
-    child.stderr.on('data', (data) => (err += data))
-    const [code] = (await once(child, 'close')) as [number]
-    return { code, out, err }
+    return calltape(['verify', ...args], { REDIS_URL, DATABASE_URL, ...environment })
   }
 
   test('exits_with_0_when_all_is_there_and_with_1_when_not', async () => {

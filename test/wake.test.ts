@@ -3,12 +3,11 @@ import type { Redis } from 'ioredis'
 import { afterAll, afterEach, beforeAll, beforeEach, expect, test } from 'vitest'
 import { Partitions } from '../shared/keys.js'
 import { connectRedis } from '../shared/redis.js'
-import { Leases } from '../sink/lease.js'
+import { givenBack, Leases } from '../sink/lease.js'
 import { log, until } from './support/stores.js'
 import {
   callsIn,
   committed,
-  givenBack,
   LIMITS,
   type LocalRedis,
   leaseAll,

@@ -67,12 +67,12 @@ export class Calls {
     for (const sid of new Set(events.map((event) => event.call_sid))) await this.settled(sid)
   }
 
-  /** Entries by the hand of somebody who knows where calltape looks, but not what for. */
-  async foreign(sid: string, ...entries: string[][]): Promise<string[]> {
+  /** Entries by the hand of somebody who knows where calltape looks, but not what for. @param id of a single one */
+  async foreign(sid: string, entries: (string | Buffer)[][], id = '*'): Promise<string[]> {
     const { client, partitions } = this.stack.redis
     const stream = streamOf(this.stack.redis, sid)
     const ids: string[] = []
-    for (const fields of entries) ids.push((await client.xadd(stream, '*', ...fields))!)
+    for (const fields of entries) ids.push((await client.xadd(stream, id, ...fields))!)
     await client.zadd(partitions.of(sid).ready, Date.now(), sid)
     await this.wake(sid)
     return ids

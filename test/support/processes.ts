@@ -1,11 +1,10 @@
 /** ingest and sink as real processes, to be killed: a supervisor starts again what dies, and writes down how it died. */
 import { type ChildProcess, fork } from 'node:child_process'
 import { closeSync, openSync } from 'node:fs'
-import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import getPort, { portNumbers } from 'get-port'
 import { childEnvironment, type Environment } from '../../shared/config.js'
-import { PACKAGE_ROOT } from '../../shared/package-root.js'
+import { PROGRAM } from './program.js'
 
 /** Below the range from which the system takes ports for outgoing connections: who connects to a dead server's port gets it. */
 const PORTS = [15_000, 30_000] as const
@@ -113,7 +112,7 @@ export class Service {
     const { CRASH_AT, ...others } = environment
     const armed = CRASH_AT !== undefined && (staysArmed || this.deaths.length === 0) ? { CRASH_AT } : {}
     const log = openSync(logFile, 'a')
-    const child = fork(join(PACKAGE_ROOT, 'dist/cli/calltape.js'), [name], {
+    const child = fork(PROGRAM, [name], {
       env: childEnvironment({ ...others, ...armed }),
       execArgv: [],
       stdio: ['ignore', log, log, 'ipc'],

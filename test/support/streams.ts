@@ -14,8 +14,6 @@ import type { Lease, LeaseLimits, Leases, Settlement } from '../../sink/lease.js
 import { readEntries } from '../../sink/read.js'
 import { log } from './stores.js'
 
-export { Relay } from './relay.js'
-
 export interface Store {
   client: RedisClient
   partitions: Partitions
@@ -158,8 +156,6 @@ export async function take(leases: Leases, store: Store, limits: Partial<LeaseLi
 export function committed({ lease, entries }: LeasedEntries, count = entries.length, finalized = false): Settlement {
   return { lease, last: entries[count - 1]?.[0], count, finalized }
 }
-
-export const givenBack = (lease: Lease): Settlement => ({ lease, last: undefined, count: 0, finalized: false })
 
 export type LocalRedis = Awaited<ReturnType<typeof startRedis>>
 

@@ -6,14 +6,15 @@
  * transaction that stores it.
  */
 import { OperatorError } from '../shared/config.js'
-import { type PartitionKeys, parseStreamKey } from '../shared/keys.js'
-import { type Pool, reasonOf } from '../shared/postgres.js'
-import { EncodedTurns } from './copy.js'
-import { decodeCall, type Entry, emptyBatch, entryMs, storable } from './decode.js'
+import { type CallPlace, parseStreamKey } from '../shared/keys.js'
+import { reasonOf } from '../shared/log.js'
+import type { Pool } from '../shared/postgres.js'
+import { EncodedTurns } from '../sink/copy.js'
+import { decodeCall, type Entry, emptyBatch, entryMs, storable } from '../sink/decode.js'
+import type { Lease } from '../sink/lease.js'
+import { verdictOn } from '../sink/verdict.js'
+import { writeBatch, writeSettings } from '../sink/write.js'
 import { compareIds, type DecodedEntry, decodeAlone, isEntryId, leaseFromStart } from './entries.js'
-import type { Lease } from './lease.js'
-import { verdictOn } from './verdict.js'
-import { writeBatch, writeSettings } from './write.js'
 
 /** A row of quarantined_events, without the data. */
 export interface Listed {
@@ -126,11 +127,6 @@ export interface Retried {
   reason: string | undefined
 }
 
-export interface FinalizedCall {
-  callSid: string
-  partition: PartitionKeys
-}
-
 /**
  * Tries entries again, each call's in their order in the stream. One that still cannot be stored stays, with its new reason,
  * and does not affect the others.
@@ -141,7 +137,7 @@ export interface FinalizedCall {
 export async function retryQuarantined(
   pool: Pool,
   choice: Choice,
-  tell: { entry(retried: Retried): void; finalized(call: FinalizedCall): Promise<void> },
+  tell: { entry(retried: Retried): void; finalized(call: CallPlace): Promise<void> },
 ): Promise<void> {
   if ('ids' in choice) {
     const dropped = (await findQuarantined(pool, choice.ids)).filter((row) => row.droppedAt)

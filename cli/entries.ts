@@ -1,7 +1,7 @@
 /** Stream entries outside of a lease: what was stored of them long ago (verify), what is to be tried again (quarantine). */
 import type { PartitionKeys } from '../shared/keys.js'
-import { decodeCall, type Entry, type EventRow, emptyBatch, type QuarantineRow, type TurnRow } from './decode.js'
-import type { Lease } from './lease.js'
+import { decodeCall, type Entry, type EventRow, emptyBatch, type QuarantineRow, type TurnRow } from '../sink/decode.js'
+import type { Lease } from '../sink/lease.js'
 
 /** A call as a worker that is to read it from its beginning would lease it. For decoding only: no such lease is in Redis. */
 export function leaseFromStart(callSid: string, partition: PartitionKeys): Lease {
