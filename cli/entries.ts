@@ -16,6 +16,7 @@ export function leaseFromStart(callSid: string, partition: PartitionKeys): Lease
     lapses: 0,
     oldestMs: 0,
     bytesAnEntry: 0,
+    presumed: false,
   }
 }
 

@@ -18,6 +18,7 @@ const lease = (more: Partial<Lease> = {}): Lease => ({
   lapses: 0,
   oldestMs: 0,
   bytesAnEntry: 0,
+  presumed: false,
   ...more,
 })
 

@@ -15,6 +15,8 @@ export class Gate {
   private opening: Promise<void> | undefined
   /** In a row: an answer to the question is not yet a success, the next batch may fail like the last one. */
   private failures = 0
+  /** How often PostgreSQL answered and then nothing could be stored all the same. */
+  vainOpenings = 0
   /** Why it is closed; or why it was, until a batch is stored: PostgreSQL that answers may still refuse the next one. */
   reason: string | undefined
 
@@ -46,6 +48,7 @@ export class Gate {
   /** A batch was stored. */
   succeeded(): void {
     this.failures = 0
+    this.vainOpenings = 0
     if (!this.opening) this.reason = undefined
   }
 
@@ -62,6 +65,7 @@ export class Gate {
       await sleep(pause, undefined, { signal: this.signal }).catch(() => undefined) // aborted: the loop ends
       try {
         await this.ask()
+        this.vainOpenings++
         this.log.info({ seconds: (Date.now() - since) / 1000 }, 'PostgreSQL answers again')
         return
       } catch (error) {

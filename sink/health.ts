@@ -1,24 +1,39 @@
-/** What a sink tells of itself over HTTP: /metrics, /healthz, /readyz. */
+/** What a sink tells of itself over HTTP: /metrics, /healthz, and /readyz with the reason when it cannot do its job. */
 import { createServer, type Server } from 'node:http'
 import { type Config, OperatorError } from '../shared/config.js'
+import { reasonOf } from '../shared/log.js'
+import type { SinkMetrics } from '../shared/metrics.js'
+import type { Pool } from '../shared/postgres.js'
+import type { RedisClient } from '../shared/redis.js'
+import { askWritable, type Gate } from './gate.js'
+import type { Leases } from './lease.js'
+import type { Progress } from './progress.js'
 
-/**
- * @param observe the metrics' text @param unready why the sink cannot do its job, undefined when it can
- * @throws OperatorError when the port cannot be listened on
- */
-export function serveHealth(
-  config: Config,
-  contentType: string,
-  observe: () => Promise<string>,
-  unready: () => Promise<string | undefined>,
-): Promise<Server> {
+const UNREADY_AFTER_MS = 5000
+
+interface Parts {
+  redis: RedisClient
+  pool: Pool
+  leases: Leases
+  gate: Gate
+  progress: Progress
+  metrics: SinkMetrics
+}
+
+/** @throws OperatorError when the port cannot be listened on */
+export function serveHealth(config: Config, parts: Parts, stopped: AbortSignal): Promise<Server> {
+  const { contentType } = parts.metrics.registry
   const server = createServer((request, response) => {
     const send = (status: number, body: string, type = 'text/plain; charset=utf-8') =>
       response.writeHead(status, { 'Content-Type': type }).end(body)
-    const fail = (error: Error) => send(503, `${error.message}\n`)
+    const answer = (status: number, text: Promise<string>, type?: string) =>
+      text.then(
+        (body) => send(status, body, type),
+        (error: Error) => send(503, `${reasonOf(error)}\n`),
+      )
     if (request.url === '/healthz') send(200, 'ok\n')
-    else if (request.url === '/readyz') unready().then((why) => send(why ? 503 : 200, `${why ?? 'ready'}\n`), fail)
-    else if (request.url === '/metrics') observe().then((text) => send(200, text, contentType), fail)
+    else if (request.url === '/metrics') answer(200, observe(parts), contentType)
+    else if (request.url === '/readyz') answer(200, beReady(parts, stopped))
     else send(404, 'there is /metrics, /healthz and /readyz\n')
   })
   return new Promise((resolve, reject) => {
@@ -28,4 +43,27 @@ export function serveHealth(
     })
     server.listen(config.SINK_METRICS_PORT, config.SINK_METRICS_HOST, () => resolve(server))
   })
+}
+
+async function observe({ leases, metrics }: Parts): Promise<string> {
+  const { readyCalls, openCalls, lagMs } = await leases.backlog()
+  metrics.readyCalls.set(readyCalls)
+  metrics.openCalls.set(openCalls)
+  metrics.lagSeconds.set(lagMs / 1000)
+  return metrics.registry.metrics()
+}
+
+/** @throws what keeps the sink from its job */
+async function beReady({ redis, pool, leases, gate, progress }: Parts, stopped: AbortSignal): Promise<string> {
+  if (stopped.aborted) throw new Error('stopping')
+  if (redis.status !== 'ready') throw new Error(`Redis: ${redis.status}`)
+  if (gate.reason && (await leases.backlog()).lagMs === 0) gate.idle()
+  if (gate.reason) throw new Error(`PostgreSQL: ${gate.reason}`)
+  const stalled = progress.stalled(UNREADY_AFTER_MS)
+  if (stalled) throw new Error(stalled)
+  // An idle sink learns of a PostgreSQL that is gone only by asking.
+  await askWritable(pool).catch((error: Error) => {
+    throw new Error(`PostgreSQL: ${reasonOf(error)}`)
+  })
+  return 'ready\n'
 }

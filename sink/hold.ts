@@ -23,6 +23,12 @@ export class Hold {
       .catch((error: Error) => this.log.warn({ err: error.message }, 'leases could not be prolonged'))
   }
 
+  /** See `Leases.isolate`. */
+  async isolate(lease: Lease, entryId: string): Promise<boolean> {
+    await this.prolonging
+    return this.leases.isolate(lease, entryId)
+  }
+
   async settle(settlements: Settlement[]): Promise<Settled> {
     for (const { lease } of settlements) this.held.delete(lease)
     await this.prolonging // it moves the deadlines by which settle proves the leases

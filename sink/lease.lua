@@ -5,6 +5,7 @@
 -- KEYS  for each partition: ready, leased, ended
 -- ARGV  [1] most calls  [2] most entries  [3] most bytes (at least one call is leased, however much it holds)
 --       [4] how long the lease lasts, ms  [5] most entries of one call that are read at once: a call counts for no more
+--       [6] lapses from which on a call is a suspect  [7] 1 if one of these may be leased, too, else 0
 --       then for each partition: stream key prefix, session key prefix
 -- Reply {deadline of these leases (ms; the token to settle with),
 --        {partition index from 1, call_sid, cursor (last entry committed), entries waiting,
@@ -14,20 +15,26 @@
 --         1 if it was ever presumed over} for each call,
 --        {indexes of partitions that may have more ready calls},
 --        {call_sid of ready calls whose stream is gone, with all that waited in it}}
--- Of the calls with lapses, one is leased, that with the fewest: whatever such a call does to its sink, the innocent ones
--- among them get through before it.
-local MOST_ASIDE = 100 -- that are looked at for it
+-- Of the suspects, which may take their sink with them once more, one is leased at a time, that with the fewest lapses: so the
+-- innocent ones among them get through first. A call leaves `ready` only when it is leased: whatever stops this script,
+-- none of them is forgotten.
+local PAGE = 100
+local MOST_LEFT = 1000 -- calls that are passed over in a partition
 local time = redis.call('TIME')
 local deadline = time[1] * 1000 + math.floor(time[2] / 1000) + tonumber(ARGV[4])
 local calls_left, entries_left, bytes_left = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local most_of_a_call = tonumber(ARGV[5])
+local suspect_lapses, may_take_suspect = tonumber(ARGV[6]), ARGV[7] == '1'
 local leases, more, gone = {}, {}, {}
 
 -- Progress of group `sink`: cursor, entries read, entries waiting. A lost group is made again from the start: rows are
--- idempotent, so reading a call twice is safe and skipping is not. Nil when there is no such stream.
+-- idempotent, so reading a call twice is safe and skipping is not. Else nil, and whether the stream is gone: a Cluster that
+-- just moves it to another node cannot say, and it will be asked again.
 local function progress(stream)
   local groups = redis.pcall('XINFO', 'GROUPS', stream)
-  if groups.err then return nil end
+  if groups.err then
+    return nil, string.find(groups.err, 'no such key', 1, true) or string.find(groups.err, 'WRONGTYPE', 1, true)
+  end
   for _, g in ipairs(groups) do
     local info = {}
     for i = 1, #g, 2 do info[g[i]] = g[i + 1] end
@@ -41,15 +48,21 @@ local function progress(stream)
   return '0-0', 0, redis.call('XLEN', stream)
 end
 
+-- Returns whether the call has left `ready`.
 local function lease(p, sid, since, session, lapses)
-  local cursor, read, waiting = progress(ARGV[4 + 2 * p] .. sid)
+  local cursor, read, waiting = progress(ARGV[6 + 2 * p] .. sid)
   if not cursor then
-    gone[#gone + 1] = sid
-    return
+    local is_gone = read
+    if is_gone then
+      redis.call('ZREM', KEYS[3 * p - 2], sid)
+      gone[#gone + 1] = sid
+    end
+    return is_gone
   end
-  redis.call('ZADD', KEYS[3 * p - 1], deadline, sid)
-  local bytes_an_entry = math.ceil(tonumber(session[1] or 0) / math.max(1, read + waiting))
   local finalized = redis.call('ZSCORE', KEYS[3 * p], sid) and 1 or 0
+  redis.call('ZADD', KEYS[3 * p - 1], deadline, sid)
+  redis.call('ZREM', KEYS[3 * p - 2], sid)
+  local bytes_an_entry = math.ceil(tonumber(session[1] or 0) / math.max(1, read + waiting))
   leases[#leases + 1] = {
     p, sid, cursor, waiting, read, finalized, lapses, since, bytes_an_entry, session[3] or '', session[4] and 1 or 0,
   }
@@ -57,35 +70,41 @@ local function lease(p, sid, since, session, lapses)
   calls_left = calls_left - 1
   entries_left = entries_left - waiting
   bytes_left = bytes_left - waiting * bytes_an_entry
+  return true
 end
 
-local aside = {}
-for p = 1, #KEYS / 3 do
+local suspects, chosen = {}, nil
+
+local function look_into(p)
   local ready = KEYS[3 * p - 2]
-  while true do
-    if calls_left <= 0 or entries_left <= 0 or bytes_left <= 0 or #aside >= MOST_ASIDE then
-      if redis.call('EXISTS', ready) == 1 then more[#more + 1] = p end
-      break
+  local left = 0 -- in front, passed over
+  repeat
+    local page = redis.call('ZRANGE', ready, left, left + PAGE - 1, 'WITHSCORES')
+    for i = 1, #page, 2 do
+      if calls_left <= 0 or entries_left <= 0 or bytes_left <= 0 then
+        more[#more + 1] = p
+        return
+      end
+      local sid, since = page[i], page[i + 1]
+      local session = redis.pcall('HMGET', ARGV[7 + 2 * p] .. sid, 'bytes', 'lapses', 'alone', 'presumed')
+      local lapses = tonumber(session[2] or 0)
+      if lapses >= suspect_lapses then
+        local suspect = { p, sid, since, session, lapses }
+        suspects[#suspects + 1] = suspect
+        if not chosen or lapses < chosen[5] then chosen = suspect end
+        left = left + 1
+      elseif not lease(p, sid, since, session, lapses) then
+        left = left + 1
+      end
     end
-    local popped = redis.call('ZPOPMIN', ready)
-    local sid, since = popped[1], popped[2]
-    if not sid then break end
-    local session = redis.pcall('HMGET', ARGV[5 + 2 * p] .. sid, 'bytes', 'lapses', 'alone', 'presumed')
-    local lapses = tonumber(session[2] or 0)
-    if lapses == 0 then
-      lease(p, sid, since, session, 0)
-    else
-      aside[#aside + 1] = { p, sid, since, session, lapses }
-    end
-  end
+  until #page < 2 * PAGE or left > MOST_LEFT
 end
-table.sort(aside, function(a, b) return a[5] < b[5] end)
-for i, call in ipairs(aside) do
-  if i == 1 then
-    lease(unpack(call))
-  else
-    redis.call('ZADD', KEYS[3 * call[1] - 2], call[3], call[2])
-    more[#more + 1] = call[1]
+
+for p = 1, #KEYS / 3 do look_into(p) end
+if chosen and may_take_suspect then
+  lease(unpack(chosen))
+  for _, suspect in ipairs(suspects) do
+    if suspect ~= chosen then more[#more + 1] = suspect[1] end
   end
 end
 return { deadline, leases, more, gone }

@@ -29,7 +29,7 @@ export interface Lease extends CallPlace {
   /** How many deliveries in a row came to nothing: its sink died or hung, or the batch failed for an unclear reason. */
   lapses: number
   /** It was presumed over at some time, and may have come back since. */
-  presumed?: boolean
+  presumed: boolean
   /** The entry that was being tried alone when it came to nothing the last time. */
   alone?: string | undefined
   /** When its oldest waiting entry arrived, epoch ms. */
@@ -50,6 +50,8 @@ export interface Settlement {
   lapsed?: boolean
   /** Something that could be read is in quarantine now: it may have been the call's end. */
   quarantined?: boolean
+  /** There was progress, but not yet at what its lapses are for. */
+  keepLapses?: boolean
 }
 
 /** Nothing of it was committed: whoever works next may have the call at once. */
@@ -69,6 +71,8 @@ export interface LeaseLimits {
   entries: number
   bytes: number
   leaseMs: number
+  /** A call with so many lapses is a suspect: it is leased by itself. */
+  suspectLapses: number
 }
 
 export interface Backlog {
@@ -97,25 +101,35 @@ export class Leases {
 
   /**
    * @param hints numbers of the partitions to look into
+   * @param mayTakeSuspect one call with so many lapses may be leased, too
    * @returns what was leased, the numbers of partitions that may have more, and calls whose stream is gone although
    *   something waited in it
    */
   async lease(
     hints: Iterable<number>,
     limits: LeaseLimits,
+    mayTakeSuspect = true,
   ): Promise<{ leases: Lease[]; more: number[]; gone: string[] }> {
     const asked = this.byLane([...hints].map((p) => this.partitions.at(p)))
     const share = (limit: number) => Math.ceil(limit / asked.size)
-    const answers = await Promise.all(
+    const results = await Promise.allSettled(
       [...asked.values()].map(async (partitions) => {
         const keys = partitions.flatMap((p) => [p.ready, p.leased, p.ended])
         const prefixes = partitions.flatMap((p) => [p.streamPrefix, p.sessionPrefix])
         const most = [share(limits.calls), share(limits.entries), share(limits.bytes)]
-        const args = [...most, limits.leaseMs, MAX_READ_ENTRIES, ...prefixes]
+        const args = [
+          ...most,
+          limits.leaseMs,
+          MAX_READ_ENTRIES,
+          limits.suspectLapses,
+          mayTakeSuspect ? 1 : 0,
+          ...prefixes,
+        ]
         const reply = await leaseScript.run(this.client, keys, args)
         return readLeases(reply as LeaseReply, partitions)
       }),
     )
+    const answers = someOf(results) // one shard of a Cluster that cannot be reached does not stop the others
     return {
       leases: answers.flatMap((a) => a.leases),
       more: answers.flatMap((a) => a.more),
@@ -138,15 +152,15 @@ export class Leases {
   }
 
   /**
-   * Before `entryId` is tried alone.
+   * Before `entryId` is tried alone. What lies before it, up to the lease's cursor, is committed.
    *
-   * @param last the last entry committed
-   * @param read how many entries were read up to there; -1: unknown
    * @returns false when the lease had lapsed
    */
-  async isolate(lease: Lease, last: string, read: number, entryId: string): Promise<boolean> {
-    const keys = [lease.partition.leased, streamKey(lease), sessionKey(lease)]
-    return (await isolateScript.run(this.client, keys, [lease.deadline, lease.callSid, last, read, entryId])) === 1
+  async isolate(lease: Lease, entryId: string): Promise<boolean> {
+    const { callSid, partition, deadline, cursor, read, finalized } = lease
+    const keys = [partition.leased, partition.open, partition.ended, streamKey(lease), sessionKey(lease)]
+    const args = [deadline, callSid, cursor, read, entryId, finalized ? 1 : 0]
+    return (await isolateScript.run(this.client, keys, args)) === 1
   }
 
   async settle(settlements: Settlement[]): Promise<Settled> {
@@ -213,12 +227,12 @@ export class Leases {
     keysOf: (p: PartitionKeys) => string[],
     argsOf: (p: PartitionKeys) => string[],
   ): Promise<string[]> {
-    const replies = await Promise.all(
+    const results = await Promise.allSettled(
       this.lanes.map(({ wake, partitions }) =>
         script.run(this.client, [wake, ...partitions.flatMap(keysOf)], [most, ...partitions.flatMap(argsOf)]),
       ),
     )
-    return (replies as string[][]).flat()
+    return someOf(results as PromiseSettledResult<string[]>[]).flat()
   }
 
   /** Reads no more than a score and a count of each partition, however many calls there are. */
@@ -250,15 +264,23 @@ export class Leases {
   }
 }
 
+/** @throws the first reason when there is nothing else */
+function someOf<T>(results: PromiseSettledResult<T>[]): T[] {
+  const values = results.flatMap((result) => (result.status === 'fulfilled' ? [result.value] : []))
+  const [failed] = results.filter((result) => result.status === 'rejected')
+  if (failed && values.length === 0) throw failed.reason
+  return values
+}
+
 /** What settle.lua is told of the call's end. */
 const endOf = ({ finalized, quarantined }: Settlement) =>
   finalized ? 'finalized' : quarantined ? 'quarantined' : 'unknown'
 
 /** What settle.lua is to do with the call's lapses. */
-function lapsesAfter({ lease, last, lapsed }: Settlement): 'none' | 'add' | 'keep' | 'forget' {
+function lapsesAfter({ lease, last, lapsed, keepLapses }: Settlement): 'none' | 'add' | 'keep' | 'forget' {
   if (lapsed) return 'add'
   if (lease.lapses === 0) return 'none'
-  return last === undefined ? 'keep' : 'forget'
+  return last === undefined || keepLapses ? 'keep' : 'forget'
 }
 
 function addTo<K, V>(groups: Map<K, V[]>, key: K, value: V): void {

@@ -10,7 +10,8 @@ export class Progress {
   /** When each batch in hand began, epoch ms. */
   private readonly inHand = new Set<{ since: number }>()
   private readonly troubles = new Map<'Redis' | 'batch', Trouble>()
-  private isProven = false
+  /** Since the last batch failed another one was stored, with turns and calls: so it is not all of them that fail. */
+  storedSinceFailure = false
 
   /** @returns to be called when the batch is done with, one way or the other */
   began(): () => void {
@@ -22,21 +23,10 @@ export class Progress {
   failed(part: 'Redis' | 'batch', error: Error): void {
     const since = this.troubles.get(part)?.since ?? Date.now()
     this.troubles.set(part, { since, reason: error.message })
-    if (part === 'batch') this.isProven = false
   }
 
   succeeded(part: 'Redis' | 'batch'): void {
     this.troubles.delete(part)
-  }
-
-  /** A batch was stored that had a bit of everything. */
-  proved(): void {
-    this.isProven = true
-  }
-
-  /** Since the last batch failed another one was stored, with turns and calls: so it is not all of them that fail. */
-  get othersSucceed(): boolean {
-    return this.isProven
   }
 
   /** Why nothing gets done; undefined unless that has been so for longer than `ms`. */

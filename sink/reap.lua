@@ -18,7 +18,6 @@ for p = 1, (#KEYS - 1) / 3 do
   local ready, leased, open = KEYS[3 * p - 1], KEYS[3 * p], KEYS[3 * p + 1]
   local sids = redis.call('ZRANGE', open, '-inf', '(' .. now, 'BYSCORE', 'LIMIT', 0, left)
   for _, sid in ipairs(sids) do
-    redis.call('ZREM', open, sid)
     local session_key = ARGV[2 * p + 1] .. sid
     local session = redis.pcall('HMGET', session_key, 'connection', 'status')
     -- What the call looked like when it was last heard of is why it is presumed over.
@@ -26,6 +25,9 @@ for p = 1, (#KEYS - 1) / 3 do
     -- A stream that is gone is not made anew; a key that is not ours any more must not stop the calls behind it.
     local id = redis.pcall('XADD', ARGV[2 * p] .. sid, 'NOMKSTREAM', '*', 'e',
       '{"type":"call.ended","call_sid":"' .. sid .. '","source":"calltape","reason":"' .. reason .. '"}')
+    -- A stream that a Cluster just moves to another node can be asked the next time.
+    local is_gone = not id or string.find(id.err or '', 'WRONGTYPE', 1, true)
+    if type(id) == 'string' or is_gone then redis.call('ZREM', open, sid) end
     if type(id) == 'string' then
       -- Presumed for its silence alone: then append.lua brings it back should it go on.
       if reason == session[2] then

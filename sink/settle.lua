@@ -57,7 +57,7 @@ for c = 0, (#KEYS - 1) / 6 - 1 do
       redis.call('ZADD', ended, now, sid)
     end
     -- An end that could not be stored: the reaper says it in our own words, once.
-    if ending == 'quarantined' and not redis.call('ZSCORE', ended, sid) and redis.pcall('HGET', KEYS[k + 5], 'ended') == '1'
+    if ending == 'quarantined' and not news and not redis.call('ZSCORE', ended, sid) and redis.pcall('HGET', KEYS[k + 5], 'ended') == '1'
       and redis.call('HSETNX', KEYS[k + 5], 'end_quarantined', '1') == 1 then
       redis.call('ZADD', open, now, sid)
     end

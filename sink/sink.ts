@@ -1,9 +1,9 @@
 /** The sink process: workers, what has to be done now and then (reclaim, reap), and what it tells of itself over HTTP. */
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { Config } from '../shared/config.js'
-import { type Logger, reasonOf } from '../shared/log.js'
+import type { Logger } from '../shared/log.js'
 import { createSinkMetrics } from '../shared/metrics.js'
-import { createPool, type Pool } from '../shared/postgres.js'
+import { createPool } from '../shared/postgres.js'
 import { connectRedis, openPartitions, type RedisClient, warnOfLoss } from '../shared/redis.js'
 import { requireReachable, requireSchema } from '../shared/schema.js'
 import { askWritable, Gate } from './gate.js'
@@ -28,9 +28,11 @@ const TEND_MOST_CALLS = 500
 const LEASE_MOST_CALLS = 500
 /** How often PostgreSQL is searched for live calls that Redis has forgotten. */
 const STRAYS_MS = 60_000
-const UNREADY_AFTER_MS = 5000
+/** One or two deliveries that came to nothing may be anybody's fault: a sink that was killed, a network that was cut. */
+const SUSPECT_LAPSES = 2
 /** For the batches in hand, when the sink is to stop. */
 const STOP_TIMEOUT_MS = 7000
+const DISCONNECT_TIMEOUT_MS = 1000
 
 /** @throws OperatorError when Redis or PostgreSQL cannot be used, or the schema does not fit */
 export async function startSink(config: Config, log: Logger): Promise<Sink> {
@@ -70,38 +72,30 @@ export async function startSink(config: Config, log: Logger): Promise<Sink> {
     const metrics = createSinkMetrics()
     const progress = new Progress()
     const stopped = new AbortController()
-    const observe = async () => {
-      const { readyCalls, openCalls, lagMs } = await leases.backlog()
-      metrics.readyCalls.set(readyCalls)
-      metrics.openCalls.set(openCalls)
-      metrics.lagSeconds.set(lagMs / 1000)
-      return metrics.registry.metrics()
-    }
     const gate = new Gate(() => askWritable(pool), log, stopped.signal)
-    const unready = async () => {
-      if (stopped.signal.aborted) return 'stopping'
-      if (redis.status !== 'ready') return `Redis: ${redis.status}`
-      if (gate.reason && (await leases.backlog()).lagMs === 0) gate.idle()
-      if (gate.reason) return `PostgreSQL: ${gate.reason}`
-      return progress.stalled(UNREADY_AFTER_MS) ?? (await postgresFailure(pool))
-    }
-    const server = await serveHealth(config, metrics.registry.contentType, observe, unready)
+    const server = await serveHealth(config, { redis, pool, leases, gate, progress, metrics }, stopped.signal)
 
-    const limits = { calls: LEASE_MOST_CALLS, entries: config.BATCH_MAX_ROWS, bytes: config.BATCH_MAX_BYTES, leaseMs }
     const maxDeliveries = config.MAX_DELIVERIES
-    const stores = { redis, pool, leases, limits, maxDeliveries, writeTimeoutMs, progress, metrics }
-    const context: WorkerContext = { ...stores, wake, gate, log }
+    const limits = {
+      calls: LEASE_MOST_CALLS,
+      entries: config.BATCH_MAX_ROWS,
+      bytes: config.BATCH_MAX_BYTES,
+      leaseMs,
+      suspectLapses: Math.min(SUSPECT_LAPSES, maxDeliveries),
+    }
+    const context: WorkerContext = {
+      ...{ redis, pool, leases, limits, maxDeliveries, writeTimeoutMs, progress, metrics, wake, gate, log },
+      suspects: { isTried: false },
+    }
     const workers = Array.from({ length: config.SINK_WORKERS }, () => new Worker(context))
     const running = workers.map((worker) => worker.run())
-    const tending = [
-      repeat('tending', TEND_MS, context, stopped.signal, async () => {
-        await openPartitions(redis, config.PARTITIONS) // a Redis that was flushed does not know the count any more
-        await tend(context)
-      }),
-      repeat('looking for strays', STRAYS_MS, context, stopped.signal, () =>
-        endStrays(context, config.IDLE_TIMEOUT * 1000),
-      ),
-    ]
+    const again = (what: string, everyMs: number, work: () => Promise<unknown>) =>
+      repeat(what, everyMs, log, stopped.signal, work)
+    again('reclaiming', TEND_MS, () => reclaim(context))
+    again('reaping', TEND_MS, () => reap(context))
+    // A Redis that was flushed does not know the count any more.
+    again('claiming the partitions', TEND_MS, () => openPartitions(redis, config.PARTITIONS))
+    again('looking for strays', STRAYS_MS, () => endStrays(context, config.IDLE_TIMEOUT * 1000, stopped.signal))
     const { port } = server.address() as { port: number }
     const url = `http://${config.SINK_METRICS_HOST}:${port}`
     log.info({ url, workers: workers.length, partitions: config.PARTITIONS }, 'sink runs')
@@ -111,14 +105,15 @@ export async function startSink(config: Config, log: Logger): Promise<Sink> {
         stopped.abort()
         for (const worker of workers) worker.stop()
         wake.ring()
-        const finished = Promise.all([...running, ...tending]).then(() => true)
+        const finished = Promise.all(running).then(() => true)
         const isFinished = await Promise.race([finished, sleep(STOP_TIMEOUT_MS, false, { ref: false })])
         server.close()
         server.closeAllConnections()
+        if (!isFinished) {
+          log.error('a batch in hand does not come to its end; it is not settled, so another sink takes it over')
+        }
         // A connection that hangs would be waited for in vain.
-        const disconnected = disconnect()
-        if (isFinished) await disconnected
-        else log.error('a batch in hand does not come to its end; it is not settled, so another sink takes it over')
+        await Promise.race([disconnect(), sleep(DISCONNECT_TIMEOUT_MS, undefined, { ref: false })])
         log.info('sink stopped')
       },
     }
@@ -128,39 +123,33 @@ export async function startSink(config: Config, log: Logger): Promise<Sink> {
   }
 }
 
-async function tend({ leases, wake, metrics, log }: WorkerContext): Promise<void> {
+async function reclaim({ leases, wake, metrics, log }: WorkerContext): Promise<void> {
   const reclaimed = await leases.reclaim(TEND_MOST_CALLS)
   if (reclaimed.length > 0) log.warn({ calls: reclaimed.length }, 'took over calls whose lease had lapsed')
   metrics.reclaimed.inc(reclaimed.length)
+  wake.all() // for what was published and got lost, too
+}
+
+async function reap({ leases, wake, metrics }: WorkerContext): Promise<void> {
   const reaped = await leases.reap(TEND_MOST_CALLS)
   metrics.reaped.inc(reaped.length)
-  wake.all()
+  if (reaped.length > 0) wake.all()
 }
 
 /** Again and again until the sink stops; what fails is tried again the next time. */
 async function repeat(
   what: string,
   everyMs: number,
-  { log }: WorkerContext,
+  log: Logger,
   signal: AbortSignal,
-  work: () => Promise<void>,
+  work: () => Promise<unknown>,
 ): Promise<void> {
   while (!signal.aborted) {
     try {
       await work()
     } catch (error) {
-      log.warn({ err: (error as Error).message }, `${what} failed, will retry`)
+      if (!signal.aborted) log.warn({ err: (error as Error).message }, `${what} failed, will retry`)
     }
     await sleep(everyMs * (0.75 + Math.random() / 2), undefined, { signal }).catch(() => undefined) // aborted: the loop ends
-  }
-}
-
-/** An idle sink learns of a PostgreSQL that is gone only by asking. */
-async function postgresFailure(pool: Pool): Promise<string | undefined> {
-  try {
-    await askWritable(pool)
-    return undefined
-  } catch (error) {
-    return `PostgreSQL: ${reasonOf(error as Error)}`
   }
 }

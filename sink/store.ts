@@ -9,14 +9,17 @@ import type { Pool } from '../shared/postgres.js'
 import type { RedisClient } from '../shared/redis.js'
 import { EncodedTurns } from './copy.js'
 import { type Batch, decodeCall, type Entry, emptyBatch, entryMs, type QuarantineRow, quarantineRow } from './decode.js'
-import { givenBack, type Lease, type LeaseLimits, type Leases, type Settlement } from './lease.js'
+import type { Hold } from './hold.js'
+import { givenBack, type Lease, type LeaseLimits, type Settlement } from './lease.js'
 import type { Progress } from './progress.js'
 import { readEntries } from './read.js'
 import { type Verdict, verdictOn } from './verdict.js'
-import { writeBatch } from './write.js'
+import { isStored, writeBatch } from './write.js'
 
 /** Entries that are tried one by one are read a few at a time: their sheer size may be what their sinks die of. */
 const ALONE_ENTRIES = 50
+/** So many times as often as for an unclear reason an entry may fail for one that seems to be PostgreSQL's. */
+const PATIENCE = 4
 
 /** A batch that is not stored, and what that means. */
 export class NotStored extends Error {
@@ -31,7 +34,6 @@ export class NotStored extends Error {
 export interface StoreContext {
   redis: RedisClient
   pool: Pool
-  leases: Leases
   limits: LeaseLimits
   /** A call that came to nothing so often is tried entry by entry. */
   maxDeliveries: number
@@ -52,10 +54,11 @@ export class Store {
    *
    * @throws NotStored; anything else is Redis' error
    */
-  async store(leases: Lease[]): Promise<Settlement[]> {
+  async store(leases: Lease[], hold: Hold): Promise<Settlement[]> {
     const [only] = leases
-    if (only && leases.length === 1 && only.lapses >= this.context.maxDeliveries)
-      return [await this.storeOneByOne(only)]
+    if (only && leases.length === 1 && only.lapses >= this.context.maxDeliveries) {
+      return [await this.storeOneByOne(only, hold)]
+    }
     const batch = emptyBatch(new EncodedTurns())
     try {
       await this.read(leases, (lease, entries) => decode(lease, entries, batch))
@@ -65,9 +68,11 @@ export class Store {
       if (!isForItsData(error)) throw error
       const middle = leases.length >> 1
       if (middle > 0) {
-        return [...(await this.store(leases.slice(0, middle))), ...(await this.store(leases.slice(middle)))]
+        const first = await this.store(leases.slice(0, middle), hold)
+        return [...first, ...(await this.store(leases.slice(middle), hold))]
       }
-      return [await this.storeHalves(only!, await this.entriesOf(only!, this.context.limits.entries), error)]
+      const entries = await this.entriesOf(only!, this.context.limits.entries)
+      return [entries.length > 0 ? await this.storeHalves(only!, entries, error) : givenBack(only!)]
     }
   }
 
@@ -111,23 +116,25 @@ export class Store {
    * to it, and Redis knows which one is being tried. An entry that was being tried alone when it came to nothing once more
    * is not tried again.
    */
-  private async storeOneByOne(lease: Lease): Promise<Settlement> {
+  private async storeOneByOne(lease: Lease, hold: Hold): Promise<Settlement> {
     let quarantined = false
-    for (const entry of await this.entriesOf(lease, ALONE_ENTRIES)) {
+    const entries = await this.entriesOf(lease, ALONE_ENTRIES)
+    for (const entry of entries) {
       const [id] = entry
-      const isHeld = await this.context.leases.isolate(lease, lease.cursor, lease.read, id)
-      if (!isHeld) return givenBack(lease)
+      if (!(await hold.isolate(lease, id))) return givenBack(lease)
       const stored = await this.storeAlone(lease, entry)
       quarantined ||= stored.quarantined ?? false
       lease.finalized = stored.finalized
       lease.cursor = id
       if (lease.read >= 0) lease.read++
     }
-    return { lease, last: lease.cursor, count: 0, finalized: lease.finalized, quarantined }
+    const keepLapses = !quarantined && entries.length === ALONE_ENTRIES // what it came to nothing for lies further on
+    return { lease, last: lease.cursor, count: 0, finalized: lease.finalized, quarantined, keepLapses }
   }
 
   private async storeAlone(lease: Lease, entry: Entry): Promise<Settlement> {
-    if (entry[0] === lease.alone) {
+    // Its sink may have died after it was stored, too: then it is innocent.
+    if (entry[0] === lease.alone && !(await this.isStored(lease, entry))) {
       const reason = `poison: ${lease.lapses} deliveries came to nothing, the last one of it alone`
       return this.quarantine(lease, entry, reason)
     }
@@ -135,10 +142,19 @@ export class Store {
       return await this.storeEntries(lease, [entry])
     } catch (error) {
       // If nothing else can be stored either, it is hardly this entry's fault.
-      if (!(error instanceof NotStored && error.verdict === 'unclear' && this.context.progress.othersSucceed))
-        throw error
+      const { maxDeliveries, progress } = this.context
+      if (!(error instanceof NotStored && progress.storedSinceFailure)) throw error
+      // A connection that was cut may have hit an innocent entry once; not again and again.
+      const most = error.verdict === 'unclear' ? maxDeliveries : maxDeliveries * PATIENCE
+      if (lease.lapses < most) throw error
       return this.quarantine(lease, entry, `fails: ${error.message}`)
     }
+  }
+
+  private async isStored({ callSid }: Lease, [id]: Entry): Promise<boolean> {
+    return isStored(this.context.pool, callSid, id).catch((error: Error) => {
+      throw new NotStored(error)
+    })
   }
 
   private async quarantine(lease: Lease, entry: Entry, reason: string): Promise<Settlement> {
@@ -149,7 +165,8 @@ export class Store {
     // It may be the call's first entry, and then nobody else makes its row; unless that is what cannot be stored.
     const row = { callSid: lease.callSid, firstMs: entryMs(id), lastMs: null, finalize: false }
     await this.write({ ...batch, calls: [row] }).catch((error: unknown) => {
-      if (!isForItsData(error)) throw error
+      const isOfTheRow = error instanceof NotStored && (error.verdict === 'quarantine' || error.verdict === 'unclear')
+      if (!isOfTheRow) throw error
       return this.write(batch)
     })
     return settlement
@@ -164,14 +181,14 @@ export class Store {
       throw new NotStored(error)
     })
     crashPoint('after-commit')
-    if (batch.turns.length > 0 && batch.calls.length > 0) progress.proved()
+    if (batch.turns.length > 0 && batch.calls.length > 0) progress.storedSinceFailure = true
     metrics.writeSeconds.observe((performance.now() - started) / 1000)
     metrics.latencySeconds.observe(Math.max(0, Date.now() - batch.oldestMs) / 1000)
     metrics.batchRows.observe(batch.turns.length + batch.events.length)
     metrics.turns.inc(written.turns)
     metrics.duplicates.inc(batch.turns.length - written.turns)
-    metrics.events.inc(batch.events.length)
-    metrics.quarantined.inc(batch.quarantine.length)
+    metrics.events.inc(written.events)
+    metrics.quarantined.inc(written.quarantined)
     metrics.finalized.inc(batch.calls.filter((call) => call.finalize).length)
     if (written.staged) metrics.staged.inc()
   }

@@ -24,9 +24,13 @@ interface Context {
 }
 
 /** @param idleMs for how long a call may be silent */
-export async function endStrays({ pool, leases, metrics, log }: Context, idleMs: number): Promise<void> {
+export async function endStrays(
+  { pool, leases, metrics, log }: Context,
+  idleMs: number,
+  signal?: AbortSignal,
+): Promise<void> {
   let ended = 0
-  for (let after = ''; ; ) {
+  for (let after = ''; !signal?.aborted; ) {
     const values = [after, idleMs + MARGIN_MS]
     const { rows } = await pool.query<{ call_sid: string; silent: boolean }>(SILENT_CALLS, values)
     const silent = rows.filter((row) => row.silent).map((row) => row.call_sid)

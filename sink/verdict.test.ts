@@ -29,6 +29,7 @@ test.each([
   ['54000', 'quarantine'], // program limit exceeded
   ['P0001', 'quarantine'], // raise exception
   ['57014', 'unclear'], // statement timeout
+  ['53200', 'unclear'], // out of memory
   ['XX000', 'unclear'], // internal error
   ['38000', 'unclear'], // external routine exception
 ])('SQLSTATE_%s_means_%s', (code, verdict) => {
@@ -39,6 +40,7 @@ test('errors_without_a_SQLSTATE_are_the_networks_unless_they_are_of_encoding_or_
   expect(verdictOn(new Error('Connection terminated unexpectedly'))).toBe('retry')
   expect(verdictOn(Object.assign(new Error('connect ECONNREFUSED'), { code: 'ECONNREFUSED' }))).toBe('retry')
   expect(verdictOn(new RangeError('Invalid string length'))).toBe('quarantine')
+  expect(verdictOn(new RangeError('Maximum call stack size exceeded'))).toBe('unclear')
   expect(verdictOn(new TypeError('undefined is not a function'))).toBe('unclear')
   expect(verdictOn(new WriteTimeout('late'))).toBe('unclear')
 })

@@ -17,7 +17,9 @@ const VERDICTS: Record<string, Verdict> = {
   '25': 'retry', // invalid transaction state: 25006, read-only, is what a demoted primary says
   '26': 'retry', // no such prepared statement: a pooler gave the connection another server
   '40': 'retry', // transaction rollback: serialization, deadlock
-  '53': 'retry', // insufficient resources: disk, memory, connections
+  '53': 'retry', // insufficient resources: disk, connections
+  '53200': 'unclear', // out of memory: this very batch may be too much
+  '53400': 'unclear', // configuration limit exceeded: the same
   '55': 'retry', // object not in prerequisite state: locks
   '57': 'retry', // operator intervention: shutting down, starting up
   '57014': 'unclear', // cancelled: its statement_timeout, for which this very batch may be too much
@@ -54,8 +56,8 @@ export function verdictOn(error: unknown): Verdict {
   const state = sqlState(error)
   if (state !== undefined) return VERDICTS[state] ?? VERDICTS[state.slice(0, 2)] ?? 'unclear'
   if (error instanceof WriteTimeout) return 'unclear'
-  if (error instanceof RangeError) return 'quarantine' // a string too long for JavaScript
-  return error instanceof TypeError ? 'unclear' : 'retry' // the rest is the network's
+  if (error instanceof RangeError && error.message === 'Invalid string length') return 'quarantine'
+  return error instanceof TypeError || error instanceof RangeError ? 'unclear' : 'retry' // the rest is the network's
 }
 
 /** @returns undefined when PostgreSQL's own words are all there is to say */

@@ -11,18 +11,23 @@ import type { Logger } from '../shared/log.js'
 import { sqlState } from '../shared/postgres.js'
 import type { Gate } from './gate.js'
 import { Hold } from './hold.js'
-import { givenBack, type Lease, type Settlement } from './lease.js'
+import { givenBack, type Lease, type Leases, type Settlement } from './lease.js'
 import { NotStored, Store, type StoreContext } from './store.js'
 import { hintOn } from './verdict.js'
 import type { Wake } from './wake.js'
 
 const FIRST_PAUSE_MS = 100
 const MAX_PAUSE_MS = 2000
+/** After so many openings of the gate in a row that helped nothing, it may be a call's own fault after all. */
+const MOST_VAIN_OPENINGS = 5
 
 export interface WorkerContext extends StoreContext {
+  leases: Leases
   wake: Wake
   gate: Gate
   log: Logger
+  /** Only one worker tries a suspect at a time: the others go on with the rest. */
+  suspects: { isTried: boolean }
 }
 
 export class Worker {
@@ -50,7 +55,7 @@ export class Worker {
       } catch (error) {
         progress.failed('Redis', error as Error)
         metrics.retries.inc({ class: 'redis' })
-        log.warn({ err: (error as Error).message, failures: this.failures + 1 }, 'Redis failed, will retry')
+        log.warn({ err: error, failures: this.failures + 1 }, 'no batch could be taken from Redis, will retry')
         await this.pause()
       }
     }
@@ -58,26 +63,45 @@ export class Worker {
 
   /** One batch. @throws Redis' errors; what PostgreSQL could not take is given back */
   private async work(): Promise<void> {
-    const { leases, wake, limits, log, metrics, progress } = this.context
-    crashPoint('before-lease')
-    const { leases: taken, more, gone } = await leases.lease(wake.take(), limits)
-    crashPoint('after-lease')
-    wake.add(more)
-    progress.succeeded('Redis')
-    metrics.lostStreams.inc(gone.length)
-    for (const callSid of gone)
-      log.error({ callSid }, 'LOST: the stream is gone, and with it entries that were not committed')
+    const { leases, wake, limits, log, suspects } = this.context
+    const mayTake = !suspects.isTried
+    suspects.isTried = true // until it is known whether there is one
+    const isSuspect = (lease: Lease) => lease.lapses >= limits.suspectLapses
+    let taken: Lease[] = []
+    try {
+      taken = await this.lease(mayTake)
+    } finally {
+      if (mayTake) suspects.isTried = taken.some(isSuspect)
+    }
     if (taken.length === 0) return
     const hold = new Hold(leases, taken, limits.leaseMs, log)
     try {
-      // What came to nothing before goes last and alone: it may take its sink with it once more.
-      const [suspects, others] = [taken.filter((l) => l.lapses > 0), taken.filter((l) => l.lapses === 0)]
-      for (const batch of [others, ...suspects.map((lease) => [lease])]) {
+      // What came to nothing again and again goes last and alone: it may take its sink with it once more.
+      const alone = taken.filter(isSuspect).map((lease) => [lease])
+      for (const batch of [taken.filter((lease) => !isSuspect(lease)), ...alone]) {
         if (batch.length > 0 && !(await this.storeAndSettle(hold, batch))) break
       }
     } finally {
       await hold.end()
+      if (taken.some(isSuspect)) {
+        suspects.isTried = false
+        wake.all() // there may be more of them
+      }
     }
+  }
+
+  private async lease(mayTakeSuspect: boolean): Promise<Lease[]> {
+    const { leases, wake, limits, log, metrics, progress } = this.context
+    crashPoint('before-lease')
+    const { leases: taken, more, gone } = await leases.lease(wake.take(), limits, mayTakeSuspect)
+    crashPoint('after-lease')
+    wake.add(more)
+    progress.succeeded('Redis')
+    metrics.lostStreams.inc(gone.length)
+    for (const callSid of gone) {
+      log.error({ callSid }, 'LOST: the stream is gone, and with it entries that were not committed')
+    }
+    return taken
   }
 
   /** @returns false when it came to nothing, and nothing else should be tried now */
@@ -85,7 +109,7 @@ export class Worker {
     const { gate, progress } = this.context
     const done = progress.began()
     try {
-      const settlements = await this.store.store(batch)
+      const settlements = await this.store.store(batch, hold)
       gate.succeeded()
       progress.succeeded('batch')
       this.failures = 0
@@ -114,18 +138,20 @@ export class Worker {
   }
 
   private async failed(hold: Hold, batch: Lease[], { verdict, cause }: NotStored): Promise<void> {
-    const { gate, metrics, log, progress } = this.context
+    const { gate, limits, metrics, log, progress } = this.context
     metrics.retries.inc({ class: verdict })
-    if (verdict === 'unclear') {
-      progress.failed('batch', cause)
-      const failure = { err: cause.message, code: sqlState(cause), calls: batch.length }
-      log.warn(failure, 'batch failed for an unclear reason: its calls will be tried by themselves')
-      const lapsed = batch.map((lease) => ({ ...givenBack(lease), lapsed: true }))
-      await this.settle(hold, lapsed)
-      await this.pause()
-    } else {
-      gate.close(cause, hintOn(cause))
-    }
+    const isSuspect = batch.length === 1 && batch[0]!.lapses >= limits.suspectLapses
+    // By itself, and while others were stored: then PostgreSQL is not away, whatever the error says.
+    const isItsOwn = verdict === 'unclear' || (isSuspect && progress.storedSinceFailure)
+    progress.storedSinceFailure = false
+    if (!isItsOwn) gate.close(cause, hintOn(cause))
+    if (!isItsOwn && gate.vainOpenings < MOST_VAIN_OPENINGS) return
+    progress.failed('batch', cause)
+    const failure = { err: cause.message, code: sqlState(cause), calls: batch.length }
+    log.warn(failure, 'batch failed for an unclear reason: its calls will be tried by themselves')
+    const lapsed = batch.map((lease) => ({ ...givenBack(lease), lapsed: true }))
+    await this.settle(hold, lapsed)
+    await this.pause()
   }
 
   private async pause(): Promise<void> {

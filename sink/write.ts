@@ -69,8 +69,10 @@ const INSERT_QUARANTINE = {
 }
 
 export interface Written {
-  /** Turns that were not in PostgreSQL before. */
+  /** What was not in PostgreSQL before. */
   turns: number
+  events: number
+  quarantined: number
   /** It went through staging. */
   staged: boolean
 }
@@ -130,13 +132,18 @@ async function inTransaction<T>(client: PoolClient, work: () => Promise<T>): Pro
   }
 }
 
-type TurnWriter = (client: PoolClient, rows: EncodedTurns) => Promise<Written>
+type TurnWriter = (client: PoolClient, rows: EncodedTurns) => Promise<Pick<Written, 'turns' | 'staged'>>
 
 async function writeAll(client: PoolClient, batch: Batch<EncodedTurns>, writeTurns: TurnWriter): Promise<Written> {
-  const written = batch.turns.length > 0 ? await writeTurns(client, batch.turns) : { turns: 0, staged: false }
-  if (batch.events.length > 0) await client.query({ ...INSERT_EVENTS, values: eventColumns(batch.events) })
+  const turns = batch.turns.length > 0 ? await writeTurns(client, batch.turns) : { turns: 0, staged: false }
+  const written = { ...turns, events: 0, quarantined: 0 }
+  if (batch.events.length > 0) {
+    const { rowCount } = await client.query({ ...INSERT_EVENTS, values: eventColumns(batch.events) })
+    written.events = rowCount ?? 0
+  }
   if (batch.quarantine.length > 0) {
-    await client.query({ ...INSERT_QUARANTINE, values: quarantineColumns(batch.quarantine) })
+    const { rowCount } = await client.query({ ...INSERT_QUARANTINE, values: quarantineColumns(batch.quarantine) })
+    written.quarantined = rowCount ?? 0
   }
   if (batch.release) await client.query('DELETE FROM quarantined_events WHERE id = ANY($1::bigint[])', [batch.release])
   if (batch.calls.length > 0) {
@@ -149,12 +156,12 @@ async function writeAll(client: PoolClient, batch: Batch<EncodedTurns>, writeTur
   return written
 }
 
-async function copyTurns(client: PoolClient, rows: EncodedTurns): Promise<Written> {
+async function copyTurns(client: PoolClient, rows: EncodedTurns) {
   await copy(client, 'call_transcript_turns', rows)
   return { turns: rows.length, staged: false }
 }
 
-async function stageTurns(client: PoolClient, rows: EncodedTurns): Promise<Written> {
+async function stageTurns(client: PoolClient, rows: EncodedTurns) {
   // Kept for the connection's life: making and dropping it every time takes 1 ms and leaves 50 dead rows in the catalog.
   await client.query(
     'CREATE TEMP TABLE IF NOT EXISTS staged_turns (LIKE call_transcript_turns INCLUDING DEFAULTS) ON COMMIT DELETE ROWS',
@@ -164,6 +171,16 @@ async function stageTurns(client: PoolClient, rows: EncodedTurns): Promise<Writt
     'INSERT INTO call_transcript_turns SELECT * FROM staged_turns ON CONFLICT (call_sid, turn_id) DO NOTHING',
   )
   return { turns: rowCount ?? 0, staged: true }
+}
+
+/** Whether an entry's row is there already, whatever is in the entry. */
+export async function isStored(pool: Pool, callSid: string, streamId: string): Promise<boolean> {
+  const { rows } = await pool.query(
+    `SELECT FROM call_transcript_turns WHERE call_sid = $1 AND stream_id = $2
+     UNION ALL SELECT FROM call_events WHERE call_sid = $1 AND stream_id = $2`,
+    [callSid, streamId],
+  )
+  return rows.length > 0
 }
 
 /** Through `pipeline`: it is the one way in which an error in the middle leaves both stream and connection usable. */

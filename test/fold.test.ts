@@ -3,18 +3,16 @@ import { once } from 'node:events'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { afterAll, afterEach, beforeAll, describe, expect, test } from 'vitest'
 import { WebSocket } from 'ws'
-import type { CallEvent, Turn } from '../shared/events.js'
+import type { Turn } from '../shared/events.js'
 import { Partitions } from '../shared/keys.js'
 import { readPackageFile } from '../shared/package-root.js'
 import { EncodedTurns } from '../sink/copy.js'
 import { decodeCall, type Entry, emptyBatch } from '../sink/decode.js'
 import { writeBatch } from '../sink/write.js'
+import type { Said } from './support/arbitrary-calls.js'
 import { type Database, freshDatabase, startTestStack, type TestStack, until } from './support/stores.js'
 
 type Row = Record<string, unknown>
-
-/** An event without its call. */
-type Said = CallEvent extends infer E ? (E extends CallEvent ? Omit<E, 'call_sid'> : never) : never
 
 const T0 = Date.UTC(2026, 0, 1, 12)
 const at = (seconds: number) => T0 + Math.round(seconds * 1000)
@@ -82,6 +80,7 @@ class Call {
       lapses: 0,
       oldestMs: 0,
       bytesAnEntry: 0,
+      presumed: false,
     }
     const batch = emptyBatch(new EncodedTurns())
     const read = entries.map(([id, said]): Entry => [id, ['e', JSON.stringify({ ...said, call_sid: this.sid })]])

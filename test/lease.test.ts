@@ -1,16 +1,18 @@
 /** lease: who gets a call, how much at once, and where to read on. */
-import { afterEach, beforeEach, expect, test } from 'vitest'
-import { givenBack, Leases } from '../sink/lease.js'
-import { freshRedis, type RedisDatabase } from './support/stores.js'
+import { setTimeout as sleep } from 'node:timers/promises'
+import { beforeEach, expect, test } from 'vitest'
+import { givenBack, type Leases } from '../sink/lease.js'
+import type { RedisDatabase } from './support/stores.js'
 import {
   callsIn,
   committed,
   entriesOf,
   everywhere,
+  freshLeases,
   groupOf,
   LIMITS,
   leaseAll,
-  Producer,
+  type Producer,
   placesOf,
   readAll,
   sessionOf,
@@ -23,14 +25,10 @@ let redis: RedisDatabase
 let leases: Leases
 let producer: Producer
 beforeEach(async () => {
-  redis = await freshRedis()
-  leases = new Leases(redis.client, redis.partitions, LIMITS.leaseMs)
-  producer = new Producer(redis)
+  ;({ redis, leases, producer } = await freshLeases())
 })
-afterEach(() => redis.drop())
 
 const sids = (taken: { callSid: string }[]) => taken.map((lease) => lease.callSid)
-const pause = (ms: number) => new Promise((resolve) => setTimeout(resolve, ms))
 
 test('a_call_is_leased_to_one_sink_at_a_time', async () => {
   const calls = Array.from({ length: 500 }, (_, c) => `CA${c}`)
@@ -118,7 +116,7 @@ test('the_call_that_has_waited_longest_is_leased_first', async () => {
   const calls = callsIn(redis.partitions, 3, 3).toReversed()
   for (const sid of calls) {
     await producer.store(turn(sid, 0))
-    await pause(2)
+    await sleep(2)
   }
   await producer.store(turn(calls[0]!, 1)) // more news do not put it behind the others
   expect(sids(await leaseAll(leases, redis))).toEqual(calls)
@@ -132,20 +130,50 @@ test('only_the_partitions_asked_for_are_looked_into', async () => {
   expect(sids((await leases.lease(everywhere(redis.partitions), LIMITS)).leases)).toEqual([a])
 })
 
-test('of_the_calls_that_came_to_nothing_one_is_leased_at_a_time_the_one_with_the_fewest_lapses_first', async () => {
+test('of_the_suspects_one_is_leased_at_a_time_the_one_with_the_fewest_lapses_first', async () => {
   const calls = callsIn(redis.partitions, 3, 5)
   await producer.store(...calls.map((sid) => turn(sid, 0)))
-  const lapses = [2, 1, 0, 3, 0]
+  const lapses = [3, 2, 0, 4, 1]
   for (const [i, sid] of calls.entries()) {
     if (lapses[i]! > 0) await redis.client.hset(sessionOf(redis, sid), 'lapses', lapses[i]!)
   }
   const [a, b, c, d, e] = calls
-  const rounds: (string | undefined)[][] = [[c, e, b], [a], [d]]
+  const none = await leases.lease([3], { ...LIMITS, calls: 1 }, false)
+  expect(none.leases.map((lease) => lease.callSid)).toEqual([c])
+  const rounds: (string | undefined)[][] = [[e, b], [a], [d]]
   for (const expected of rounds) {
     const { leases: taken, more } = await leases.lease([3], LIMITS)
     expect(taken.map((lease) => lease.callSid)).toEqual(expected)
     expect(more.length > 0).toBe(expected[0] !== d)
   }
+})
+
+test('suspects_stay_where_they_are_while_another_worker_tries_one', async () => {
+  await producer.store(turn('CA1', 0))
+  await redis.client.hset(sessionOf(redis, 'CA1'), 'lapses', 2)
+  const ready = await placesOf(redis, 'CA1')
+  // And nothing says that there is more to do: the worker would come back at once, again and again.
+  expect(await leases.lease(everywhere(redis.partitions), LIMITS, false)).toEqual({ leases: [], more: [], gone: [] })
+  expect(await placesOf(redis, 'CA1')).toEqual(ready)
+})
+
+test('calls_behind_very_many_suspects_are_found', async () => {
+  const calls = callsIn(redis.partitions, 3, 250)
+  await producer.store(...calls.map((sid) => turn(sid, 0)))
+  for (const sid of calls.slice(0, -1)) await redis.client.hset(sessionOf(redis, sid), 'lapses', 9)
+  const { leases: taken } = await leases.lease([3], LIMITS)
+  expect(taken.map((lease) => lease.callSid)).toContain(calls.at(-1))
+  expect(taken).toHaveLength(2)
+})
+
+test('what_is_isolated_has_its_end_behind_the_cursor', async () => {
+  await producer.store(turn('CA1', 0), { type: 'call.ended', call_sid: 'CA1' }, turn('CA1', 1))
+  const { lease, entries } = await take(leases, redis)
+  const tried = { ...lease, cursor: entries[1]![0], read: 2, finalized: true }
+  expect(await leases.isolate(tried, entries[2]![0])).toBe(true)
+  expect(Object.keys(await placesOf(redis, 'CA1'))).toEqual(['leased', 'ended'])
+  expect(await groupOf(redis, 'CA1')).toMatchObject({ 'last-delivered-id': entries[1]![0], lag: 1 })
+  expect(await leases.isolate({ ...tried, deadline: lease.deadline - 1 }, entries[2]![0])).toBe(false)
 })
 
 test('a_lost_group_is_made_again_from_the_start', async () => {
@@ -207,7 +235,7 @@ test('reading_takes_what_lies_behind_the_cursors_up_to_the_limit', async () => {
 test('the_backlog_is_the_calls_waiting_and_the_age_of_the_oldest_entry', async () => {
   expect(await leases.backlog()).toEqual({ readyCalls: 0, openCalls: 0, lagMs: 0 })
   await producer.store(turn('CA1', 0))
-  await pause(60)
+  await sleep(60)
   await producer.store(turn('CA2', 0), turn('CA3', 0))
   const waiting = await leases.backlog()
   expect(waiting).toMatchObject({ readyCalls: 3, openCalls: 3 })

@@ -7,7 +7,7 @@ import { describe, expect, test } from 'vitest'
 import { Calls, ended, newSid, seqs } from './support/calls.js'
 import { Service } from './support/processes.js'
 import { until } from './support/stores.js'
-import { turn } from './support/streams.js'
+import { sessionOf, streamOf, turn } from './support/streams.js'
 
 /** Makes PostgreSQL do `what` (plpgsql) at every turn with the text `odd`, or whatever `when` says. */
 async function atTurns(calls: Calls, what: string, when = `new.text = 'odd'`): Promise<void> {
@@ -61,6 +61,32 @@ test('an_entry_that_kills_every_sink_is_quarantined_and_stops_nobody', async () 
   }
 }, 90_000)
 
+test('a_poison_entry_deep_in_a_backlog_costs_no_more_sinks', async () => {
+  const calls = await Calls.start({}, 0)
+  const folder = await mkdtemp(join(tmpdir(), 'calltape-test-poison-'))
+  const { redis, database } = calls.stack
+  const sid = newSid()
+  await calls.producer.store(...seqs(170).map((seq) => turn(sid, seq, seq === 160 ? 'odd' : 'fine')))
+  const sink = new Service({
+    name: 'sink',
+    logFile: join(folder, 'sink.log'),
+    staysArmed: true,
+    environment: {
+      ...{ REDIS_URL: redis.url, DATABASE_URL: database.url, SINK_METRICS_PORT: '0' },
+      ...{ LEASE_SECONDS: '1', MAX_DELIVERIES: '2', CRASH_AT: 'decode@odd' },
+    },
+  })
+  try {
+    await calls.settled(sid, 30_000)
+    expect((await calls.turns(sid)).length).toBe(169)
+    expect(sink.deaths).toHaveLength(3)
+  } finally {
+    await sink.end()
+    await rm(folder, { recursive: true, force: true })
+    await calls.stack.end()
+  }
+}, 60_000)
+
 describe.concurrent('an unclear error', () => {
   test('of_one_entry_quarantines_it_alone_while_others_succeed', async () => {
     const calls = await Calls.start({ MAX_DELIVERIES: '2' })
@@ -111,6 +137,86 @@ describe.concurrent('an unclear error', () => {
     expect(await quarantined(calls, slow)).toEqual([['fails: canceling statement due to statement timeout', 1]])
     await calls.stack.end()
   }, 60_000)
+})
+
+describe.concurrent('what cannot be told apart at first', () => {
+  test('a_failure_that_PostgreSQL_seems_to_have_got_over_again_and_again_is_isolated_in_the_end', async () => {
+    const calls = await Calls.start({ MAX_DELIVERIES: '1' })
+    await atTurns(calls, `RAISE EXCEPTION 'odd' USING ERRCODE = '58030'`) // an I/O error, it says
+    const [sick, sound] = [newSid(), newSid()]
+    await calls.producer.store(turn(sick, 0, 'odd'), turn(sound, 0), ended(sound, 1))
+    await calls.settled(sound, 20_000)
+    expect(await calls.session(sound)).toMatchObject({ complete: true })
+    for (let i = 0; (await calls.quarantined(sick)).length === 0; i++) {
+      await calls.producer.store(turn(`sound-${i}`, 0))
+      await sleep(200)
+    }
+    await calls.settled(sick)
+    await calls.stack.end()
+  }, 60_000)
+
+  test('a_call_whose_row_fails_for_an_unclear_reason_is_quarantined_entry_by_entry_and_stops_nobody', async () => {
+    const calls = await Calls.start({ MAX_DELIVERIES: '1' })
+    const sick = newSid()
+    await calls.query(`
+      CREATE FUNCTION react() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN ${internalError}; END $$;
+      CREATE TRIGGER react BEFORE INSERT ON call_sessions FOR EACH ROW WHEN (new.call_sid = '${sick}') EXECUTE FUNCTION react()`)
+    await calls.producer.store(turn(sick, 0))
+    for (let i = 0; (await calls.quarantined(sick)).length === 0; i++) {
+      await calls.storeSettled(turn(`sound-${i}`, 0))
+      await sleep(100)
+    }
+    await calls.settled(sick)
+    expect(await calls.ready()).toBe('200 ready')
+    await calls.stack.end()
+  }, 60_000)
+
+  test('slow_calls_occupy_one_worker_and_not_all_of_them', async () => {
+    const calls = await Calls.start({ MAX_DELIVERIES: '20', DATABASE_TIMEOUT: '3' })
+    const slow = seqs(4).map(newSid)
+    await calls.storeSettled(...slow.map((sid) => turn(sid, 0)))
+    const client = await calls.stack.database.pool.connect()
+    await client.query('BEGIN')
+    await client.query('SELECT FROM call_sessions WHERE call_sid = ANY($1) FOR UPDATE', [slow])
+    await calls.producer.store(...slow.map((sid) => ended(sid)))
+    const { client: redis, partitions } = calls.stack.redis
+    const lapses = () =>
+      Promise.all(slow.map((sid) => redis.hget(partitions.of(sid).sessionPrefix + sid, 'lapses').then(Number)))
+    await until('they are suspects', async () => (await lapses()).every((n) => n >= 2), 30_000)
+    const waits: number[] = []
+    for (let i = 0; i < 20; i++) {
+      const from = performance.now()
+      await calls.storeSettled(turn(`sound-${i}`, 0))
+      waits.push(performance.now() - from)
+      await sleep(100)
+    }
+    expect(Math.max(...waits)).toBeLessThan(2000)
+    await client.query('ROLLBACK')
+    client.release()
+    for (const sid of slow) await calls.settled(sid, 20_000)
+    expect(await calls.query('SELECT FROM quarantined_events')).toEqual([])
+    await calls.stack.end()
+  }, 60_000)
+
+  test('an_entry_that_was_stored_before_its_sink_died_is_innocent', async () => {
+    const calls = await Calls.start({}, 0)
+    const { redis } = calls.stack
+    const sid = newSid()
+    await calls.producer.store(turn(sid, 0), turn(sid, 1))
+    await calls.start()
+    await calls.settled(sid)
+    await calls.stop()
+    // As a sink leaves it that dies between the COMMIT of an entry tried alone and what comes next.
+    const [first, second] = await redis.client.xrange(streamOf(redis, sid), '-', '+')
+    await redis.client.xgroup('SETID', streamOf(redis, sid), 'sink', first![0], 'ENTRIESREAD', 1)
+    await redis.client.hset(sessionOf(redis, sid), { lapses: 9, alone: second![0] })
+    await redis.client.zadd(redis.partitions.of(sid).ready, Date.now(), sid)
+    await calls.start()
+    await calls.settled(sid)
+    expect(await calls.quarantined(sid)).toEqual([])
+    expect(await redis.client.hmget(sessionOf(redis, sid), 'lapses', 'alone')).toEqual([null, null])
+    await calls.stack.end()
+  })
 })
 
 describe.concurrent('leases', () => {

@@ -1,18 +1,17 @@
-/** What the suites of the Redis protocol share: producers, a look into streams and groups, a connection that can be cut. */
-import { mkdtemp, rm } from 'node:fs/promises'
-import { tmpdir } from 'node:os'
-import { join } from 'node:path'
-import getPort from 'get-port'
-import { startRedis } from '../../cli/local-redis.js'
+/** What the suites of the Redis protocol share: producers, leases, a look into streams and groups. */
+import { onTestFinished } from 'vitest'
 import { Appender, type AppenderOptions, type Origin } from '../../ingest/append.js'
 import type { CallEvent, Refusal, Turn } from '../../shared/events.js'
 import { GROUP, type PartitionKeys, type Partitions } from '../../shared/keys.js'
 import { createIngestMetrics } from '../../shared/metrics.js'
 import { lanesOf, type RedisClient, Script } from '../../shared/redis.js'
 import type { Entry } from '../../sink/decode.js'
-import type { Lease, LeaseLimits, Leases, Settlement } from '../../sink/lease.js'
+import { type Lease, type LeaseLimits, Leases, type Settlement } from '../../sink/lease.js'
 import { readEntries } from '../../sink/read.js'
-import { log } from './stores.js'
+import { freshRedis, log, type RedisDatabase } from './stores.js'
+
+export type { LocalServer as LocalRedis } from '../../cli/local-server.js'
+export { ownRedis } from './stores.js'
 
 export interface Store {
   client: RedisClient
@@ -136,9 +135,17 @@ export async function placesOf({ client, partitions }: Store, sid: string): Prom
   return places
 }
 
-export const LIMITS: LeaseLimits = { calls: 1000, entries: 100_000, bytes: 1e9, leaseMs: 60_000 }
+export const LIMITS: LeaseLimits = { calls: 1000, entries: 100_000, bytes: 1e9, leaseMs: 60_000, suspectLapses: 2 }
 
 export const everywhere = (partitions: Partitions) => partitions.all.map((p: PartitionKeys) => p.partition)
+
+/** For one test: an empty Redis, what a sink does with it, and a producer. */
+export async function freshLeases(): Promise<{ redis: RedisDatabase; leases: Leases; producer: Producer }> {
+  const redis = await freshRedis()
+  onTestFinished(() => redis.drop())
+  const leases = new Leases(redis.client, redis.partitions, LIMITS.leaseMs)
+  return { redis, leases, producer: new Producer(redis) }
+}
 
 /** Leases whatever is ready, within `limits`. */
 export async function leaseAll(leases: Leases, { partitions }: Store, limits: Partial<LeaseLimits> = {}) {
@@ -155,23 +162,6 @@ export async function take(leases: Leases, store: Store, limits: Partial<LeaseLi
 /** As if the first `count` entries were committed. */
 export function committed({ lease, entries }: LeasedEntries, count = entries.length, finalized = false): Settlement {
   return { lease, last: entries[count - 1]?.[0], count, finalized }
-}
-
-export type LocalRedis = Awaited<ReturnType<typeof startRedis>>
-
-/** A Redis of the suite's own, for what reaches beyond one database: channels, scripts, other connections, a Cluster. */
-export async function ownRedis(mode: 'single' | 'cluster' = 'single'): Promise<LocalRedis> {
-  const folder = await mkdtemp(join(tmpdir(), 'calltape-test-redis-'))
-  const cluster = ['--cluster-enabled', 'yes', '--cluster-announce-ip', '127.0.0.1', '--cluster-port']
-  const args = mode === 'cluster' ? [...cluster, String(await getPort())] : []
-  const server = await startRedis({ dataDir: join(folder, 'redis'), args })
-  return {
-    ...server,
-    async stop() {
-      await server.stop()
-      await rm(folder, { recursive: true, force: true })
-    },
-  }
 }
 
 export interface LeasedEntries {
