@@ -39,12 +39,17 @@ export function createLiveView(out: NodeJS.WriteStream): LiveView {
   }
 }
 
-/** Columns side by side, as wide as they need to be; numbers to the right. */
-export function table(head: string[], rows: (string | number)[][]): string {
-  const widths = head.map((name, i) => Math.max(name.length, ...rows.map((row) => String(row[i]).length)))
-  const cell = (value: string | number, i: number) =>
-    typeof value === 'number' ? String(value).padStart(widths[i]!) : value.padEnd(widths[i]!)
-  const rightOf = head.map((_, i) => rows.some((row) => typeof row[i] === 'number'))
-  const titles = head.map((name, i) => (rightOf[i] ? name.padStart(widths[i]!) : name.padEnd(widths[i]!)))
-  return [titles, ...rows.map((row) => row.map(cell))].map((cells) => `  ${cells.join('  ').trimEnd()}`).join('\n')
+/** Columns side by side, as wide as they need to be; numbers to the right. @param head undefined: the rows alone */
+export function table(head: string[] | undefined, rows: (string | number)[][]): string {
+  const lines = head ? [head, ...rows] : rows
+  const widths = (lines[0] ?? []).map((_, i) => Math.max(...lines.map((line) => String(line[i]).length)))
+  const isNumeric = widths.map((_, i) => rows.some((row) => typeof row[i] === 'number'))
+  const printed = lines.map((line) => {
+    const cells = line.map((value, i) => {
+      const isToTheRight = line === head ? isNumeric[i] : typeof value === 'number'
+      return isToTheRight ? String(value).padStart(widths[i]!) : String(value).padEnd(widths[i]!)
+    })
+    return `  ${cells.join('  ').trimEnd()}`
+  })
+  return printed.join('\n')
 }

@@ -6,7 +6,7 @@
  * transaction that stores it.
  */
 import { OperatorError } from '../shared/config.js'
-import { type CallPlace, parseStreamKey } from '../shared/keys.js'
+import { type CallPlace, callSidInSql, parseStreamKey } from '../shared/keys.js'
 import { reasonOf } from '../shared/log.js'
 import type { Pool } from '../shared/postgres.js'
 import { EncodedTurns } from '../sink/copy.js'
@@ -43,14 +43,14 @@ const PAGE = 500
 const WRITE_TIMEOUT_MS = 60_000
 /** PostgreSQL's settings for connections that `retryQuarantined` uses. */
 export const RETRY_SETTINGS = writeSettings(WRITE_TIMEOUT_MS, WRITE_TIMEOUT_MS)
+const TURN_HOLDER = `SELECT stream_id AS "streamId" FROM call_transcript_turns WHERE call_sid = $1 AND turn_id = $2`
+const EVENT_HOLDER = `SELECT stream_id AS "streamId" FROM call_events WHERE call_sid = $1 AND event_id = $2`
 const UNREADABLE = 'unreadable_raw: what was kept of the entry is not a JSON array of its fields'
 
 function condition(choice: Choice): { sql: string; value: unknown } {
   if ('ids' in choice) return { sql: 'id = ANY($1::bigint[])', value: choice.ids }
   // By the name in the key: whichever partition it was found in.
-  if ('callSid' in choice) {
-    return { sql: `substring(stream_key FROM '^ct:\\{\\d+\\}:call:(.*)$') = $1`, value: storable(choice.callSid) }
-  }
+  if ('callSid' in choice) return { sql: `${callSidInSql('stream_key')} = $1`, value: storable(choice.callSid) }
   return { sql: '$1::text IS NULL', value: null }
 }
 
@@ -249,19 +249,17 @@ async function isFinalized(pool: Pool, callSid: string): Promise<boolean> {
  *
  * @returns why the entry cannot be stored any more; undefined when its place is free, or its own
  */
-async function takenBy(pool: Pool, callSid: string, decoded: DecodedEntry): Promise<string | undefined> {
-  const isTurn = 'turn' in decoded
-  const [table, column, key, streamId] =
+async function takenBy(
+  pool: Pool,
+  callSid: string,
+  decoded: Exclude<DecodedEntry, { refused: unknown }>,
+): Promise<string | undefined> {
+  const { what, sql, key, streamId } =
     'turn' in decoded
-      ? ['call_transcript_turns', 'turn_id', decoded.turn.turnId, decoded.turn.streamId]
-      : 'event' in decoded
-        ? ['call_events', 'event_id', decoded.event.eventId, decoded.event.streamId]
-        : []
-  const { rows } = await pool.query<{ streamId: string }>(
-    `SELECT stream_id AS "streamId" FROM ${table} WHERE call_sid = $1 AND ${column} = $2`,
-    [storable(callSid), key],
-  )
+      ? { what: 'turn', sql: TURN_HOLDER, key: decoded.turn.turnId, streamId: decoded.turn.streamId }
+      : { what: 'event', sql: EVENT_HOLDER, key: decoded.event.eventId, streamId: decoded.event.streamId }
+  const { rows } = await pool.query<{ streamId: string }>(sql, [storable(callSid), key])
   const holder = rows[0]?.streamId
-  if (holder === undefined || !isEntryId(holder) || compareIds(holder, streamId!) <= 0) return undefined
-  return `duplicate: ${isTurn ? 'turn' : 'event'} ${key} is stored already, from the later entry ${holder}; drop this one`
+  if (holder === undefined || !isEntryId(holder) || compareIds(holder, streamId) <= 0) return undefined
+  return `duplicate: ${what} ${key} is stored already, from the later entry ${holder}; drop this one`
 }

@@ -2,11 +2,12 @@
 import { type CallEvent, isPresumedEnd, resumes } from '../shared/events.js'
 import { streamKey } from '../shared/keys.js'
 import type { Pool } from '../shared/postgres.js'
-import type { EventRow } from '../sink/decode.js'
+import { type EventRow, storable } from '../sink/decode.js'
 import { compareIds, type DecodedEntry, decodeAlone, isEntryId, leaseFromStart } from './entries.js'
 import {
-  QuarantineById,
-  RowsByKey,
+  pair,
+  readQuarantine,
+  readRows,
   type StoredRow,
   type Table,
   wrongEventColumns,
@@ -67,23 +68,24 @@ export async function compareEntries<W extends Walk>(pool: Pool, page: Stretch<W
   const keys = (table: Table) =>
     decoded.flatMap(({ walk, facts }): [string, string][] => (facts.table === table ? [[walk.callSid, facts.key]] : []))
   const [turns, events] = await Promise.all([
-    RowsByKey.read(pool, 'turns', keys('turns')),
-    RowsByKey.read(pool, 'events', keys('events')),
+    readRows(pool, 'turns', keys('turns')),
+    readRows(pool, 'events', keys('events')),
   ])
   const rowOf = ({ table, key }: EntryFacts, callSid: string) =>
-    table && (table === 'turns' ? turns : events).get(callSid, key)
+    table && (table === 'turns' ? turns : events).get(pair(callSid, key))
   const isItsOwn = (row: StoredRow | undefined, id: string) =>
     row !== undefined && (row.stream_id === id || (isEntryId(row.stream_id) && compareIds(row.stream_id, id) < 0))
-  const quarantine = await QuarantineById.read(
+  const placeOf = (walk: W, { id }: EntryFacts): [string, string] => [storable(streamKey(walk)), id]
+  const quarantine = await readQuarantine(
     pool,
     decoded.flatMap(({ walk, facts }): [string, string][] =>
-      isItsOwn(rowOf(facts, walk.callSid), facts.id) ? [] : [[streamKey(walk), facts.id]],
+      isItsOwn(rowOf(facts, walk.callSid), facts.id) ? [] : [placeOf(walk, facts)],
     ),
   )
   const compared = new Map<W, ComparedEntry[]>(page.map(({ walk }) => [walk, []]))
   for (const { walk, decoded: its, facts } of decoded) {
     const row = rowOf(facts, walk.callSid)
-    const kept = quarantine.get(streamKey(walk), facts.id)
+    const kept = quarantine.get(pair(...placeOf(walk, facts)))
     let outcome: Outcome = kept ?? (row ? 'misplaced' : 'absent')
     if (row && isItsOwn(row, facts.id)) outcome = row.stream_id === facts.id ? 'stored' : 'duplicate'
     const wrong = row && (outcome === 'stored' || outcome === 'misplaced') ? wrongColumns(its, row) : []

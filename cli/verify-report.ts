@@ -75,13 +75,8 @@ export class Report {
       missing: waiting > 0 ? `${waiting} of them not committed yet` : '',
     }
     const rows = Object.entries({ ...counts, ...(without > 0 ? { 'rows without entry': without } : {}), ...this.kinds })
-    const lines = [
-      table(
-        ['', '', ''],
-        rows.map(([name, n]) => [name, n, (n > 0 && notes[name]) || '']),
-      ),
-    ]
-    lines[0] = lines[0]!.slice(lines[0]!.indexOf('\n') + 1) // without the empty heads
+    const cells = rows.map(([name, n]) => [name, n, (n > 0 && notes[name]) || ''])
+    const lines = [table(undefined, cells)]
     const shown = this.findings.slice(0, MOST_SHOWN)
     if (shown.length > 0) lines.push('', ...shown.map((finding) => `  ${inWords(finding)}`))
     if (this.wrong > shown.length) lines.push(`  … and ${this.wrong - shown.length} more`)

@@ -66,42 +66,29 @@ export type Table = keyof typeof TABLES
 /** One string for a pair of strings: the length in front keeps any two pairs apart, whatever is in them. */
 export const pair = (a: string, b: string) => `${a.length} ${a} ${b}`
 
-/** Rows by call and idempotency key. */
-export class RowsByKey {
-  private readonly rows = new Map<string, StoredRow>()
-
-  static async read(pool: Pool, table: Table, keys: [callSid: string, key: string][]): Promise<RowsByKey> {
-    const found = new RowsByKey()
-    if (keys.length === 0) return found
-    const statement = table === 'turns' ? TURNS : EVENTS
-    const { rows } = await pool.query<StoredRow>({ ...statement, values: columns(keys) })
-    for (const row of rows) found.rows.set(pair(String(row.call_sid), String(row[TABLES[table].key])), row)
-    return found
-  }
-
-  get(callSid: string, key: string): StoredRow | undefined {
-    return this.rows.get(pair(callSid, key))
-  }
+/** @returns the rows there are, by `pair` of call and idempotency key */
+export async function readRows(
+  pool: Pool,
+  table: Table,
+  keys: [callSid: string, key: string][],
+): Promise<Map<string, StoredRow>> {
+  if (keys.length === 0) return new Map()
+  const statement = table === 'turns' ? TURNS : EVENTS
+  const { rows } = await pool.query<StoredRow>({ ...statement, values: columns(keys) })
+  return new Map(rows.map((row) => [pair(String(row.call_sid), String(row[TABLES[table].key])), row]))
 }
 
-/** Which entries are in quarantine, or were dropped from there. */
-export class QuarantineById {
-  private readonly found = new Map<string, 'quarantined' | 'dropped'>()
-
-  static async read(pool: Pool, entries: [streamKey: string, entryId: string][]): Promise<QuarantineById> {
-    const all = new QuarantineById()
-    if (entries.length === 0) return all
-    const { rows } = await pool.query<{ stream_key: string; entry_id: string; dropped: boolean }>({
-      ...QUARANTINE,
-      values: columns(entries),
-    })
-    for (const row of rows) all.found.set(pair(row.stream_key, row.entry_id), row.dropped ? 'dropped' : 'quarantined')
-    return all
-  }
-
-  get(streamKey: string, entryId: string): 'quarantined' | 'dropped' | undefined {
-    return this.found.get(pair(storable(streamKey), entryId))
-  }
+/** @returns which entries are in quarantine, or were dropped from there, by `pair` of stream and entry */
+export async function readQuarantine(
+  pool: Pool,
+  entries: [streamKey: string, entryId: string][],
+): Promise<Map<string, 'quarantined' | 'dropped'>> {
+  if (entries.length === 0) return new Map()
+  const { rows } = await pool.query<{ stream_key: string; entry_id: string; dropped: boolean }>({
+    ...QUARANTINE,
+    values: columns(entries),
+  })
+  return new Map(rows.map((row) => [pair(row.stream_key, row.entry_id), row.dropped ? 'dropped' : 'quarantined']))
 }
 
 export interface CallState {

@@ -3,7 +3,7 @@ import { type Config, givenEnvironment, OperatorError, readConfig } from '../sha
 import { type CallPlace, streamKey } from '../shared/keys.js'
 import { createLog, reasonOf } from '../shared/log.js'
 import { createPool } from '../shared/postgres.js'
-import { connectRedis, openPartitions, type RedisClient } from '../shared/redis.js'
+import { connectRedis, type RedisClient, readPartitions } from '../shared/redis.js'
 import { requireReachable, requireSchema } from '../shared/schema.js'
 import { compareIds, isEntryId } from './entries.js'
 import { createLiveView } from './live-view.js'
@@ -81,7 +81,7 @@ export async function compareStores(
 }
 
 async function findCall(redis: RedisClient, config: Config, callSid: string): Promise<CallPlace> {
-  const partition = (await openPartitions(redis, config.PARTITIONS)).of(callSid)
+  const partition = (await readPartitions(redis, config.PARTITIONS)).of(callSid)
   const name = { callSid, partition }
   if (await streamInfo(redis, name)) return name
   throw new OperatorError(

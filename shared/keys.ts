@@ -66,9 +66,15 @@ export interface CallPlace {
 export const streamKey = ({ callSid, partition }: CallPlace) => partition.streamPrefix + callSid
 export const sessionKey = ({ callSid, partition }: CallPlace) => partition.sessionPrefix + callSid
 
+/** Of a call's stream: its partition, its call_sid. Means the same in PostgreSQL. */
+const STREAM_KEY = String.raw`^ct:\{(0|[1-9]\d{0,3})\}:call:(.+)$`
+
+/** SQL for the call_sid in `column`, which holds a key; NULL when it is no call's stream. */
+export const callSidInSql = (column: string) => `(regexp_match(${column}, '${STREAM_KEY}'))[2]`
+
 /** @returns whose stream a key is; undefined when it is no call's */
 export function parseStreamKey(key: string): CallPlace | undefined {
-  const [, partition, callSid] = /^ct:\{(0|[1-9]\d{0,3})\}:call:(.+)$/s.exec(key) ?? []
+  const [, partition, callSid] = new RegExp(STREAM_KEY, 's').exec(key) ?? []
   return callSid === undefined ? undefined : { callSid, partition: partitionKeys(Number(partition)) }
 }
 

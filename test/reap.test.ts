@@ -1,14 +1,15 @@
 /** reap: calls that nobody ends are ended, once, and for the reason that their last word gives. */
-import { afterEach, beforeEach, expect, test } from 'vitest'
+import { setTimeout as sleep } from 'node:timers/promises'
+import { beforeEach, expect, test } from 'vitest'
 import type { CallEvent } from '../shared/events.js'
-import { Leases } from '../sink/lease.js'
-import { freshRedis, type RedisDatabase, until } from './support/stores.js'
+import type { Leases } from '../sink/lease.js'
+import { type RedisDatabase, until } from './support/stores.js'
 import {
   callsIn,
   committed,
   entriesOf,
   eventsOf,
-  LIMITS,
+  freshLeases,
   leaseAll,
   Producer,
   placesOf,
@@ -21,13 +22,10 @@ import {
 let redis: RedisDatabase
 let leases: Leases
 beforeEach(async () => {
-  redis = await freshRedis()
-  leases = new Leases(redis.client, redis.partitions, LIMITS.leaseMs)
+  ;({ redis, leases } = await freshLeases())
 })
-afterEach(() => redis.drop())
 
 const sid = 'CA1'
-const pause = (ms: number) => new Promise((resolve) => setTimeout(resolve, ms))
 const reapWhenDue = (call = sid) => until('it is due', async () => (await leases.reap(10)).includes(call))
 const ends = async (call = sid) => (await eventsOf(redis, call)).filter((event) => event.type === 'call.ended')
 
@@ -96,7 +94,7 @@ test('every_event_puts_the_end_off_and_of_a_call_that_seems_over_by_the_grace', 
     [turn(sid, 2), 7000],
   ]
   for (const [event, timeMs] of events) {
-    await pause(2)
+    await sleep(2)
     await producer.store(event)
     const [id] = (await entriesOf(redis, sid)).at(-1)!
     const { open } = await placesOf(redis, sid)
@@ -108,7 +106,7 @@ test('a_call_that_comes_back_after_a_disconnect_has_its_full_time_again', async 
   const producer = new Producer(redis, { idleTimeoutMs: 60_000, disconnectGraceMs: 20 })
   await producer.store({ type: 'call.disconnected', call_sid: sid })
   await producer.store({ type: 'call.connected', call_sid: sid })
-  await pause(50)
+  await sleep(50)
   expect(await leases.reap(10)).toEqual([])
 })
 
@@ -123,7 +121,7 @@ test('a_call_that_ended_is_not_reaped', async () => {
   const producer = new Producer(redis, { idleTimeoutMs: 10, disconnectGraceMs: 10 })
   await producer.store(turn(sid, 0), { type: 'call.ended', call_sid: sid, reason: 'hangup' })
   expect((await placesOf(redis, sid)).open).toBeUndefined()
-  await pause(30)
+  await sleep(30)
   expect(await leases.reap(10)).toEqual([])
   expect(await ends()).toMatchObject([{ reason: 'hangup' }])
 })
@@ -137,7 +135,7 @@ test.each<[string, CallEvent]>([
   await producer.store(turn(sid, 0), { type: 'call.ended', call_sid: sid, reason: 'hangup' })
   await producer.store(late) // no sink has seen the end yet
   expect((await placesOf(redis, sid)).open).toBeUndefined()
-  await pause(30)
+  await sleep(30)
   expect(await leases.reap(10)).toEqual([])
   expect(await ends()).toHaveLength(1)
 })
@@ -145,7 +143,7 @@ test.each<[string, CallEvent]>([
 test('within_one_batch_neither', async () => {
   const producer = new Producer(redis, { idleTimeoutMs: 10, disconnectGraceMs: 10 })
   await producer.store({ type: 'call.ended', call_sid: sid }, { type: 'call.disconnected', call_sid: sid })
-  await pause(30)
+  await sleep(30)
   expect(await leases.reap(10)).toEqual([])
 })
 
@@ -154,7 +152,7 @@ test('a_reaped_call_is_not_reaped_again_for_what_only_adds_to_it', async () => {
   await producer.store(turn(sid, 0))
   await reapWhenDue()
   await producer.store({ type: 'call.status', call_sid: sid, recording_url: 'https://example.com/r.mp3' })
-  await pause(30)
+  await sleep(30)
   expect(await leases.reap(10)).toEqual([])
   expect(await ends()).toHaveLength(1)
   expect(await eventsOf(redis, sid)).toHaveLength(3)
@@ -184,7 +182,7 @@ test('many_sinks_that_look_for_silent_calls_end_each_once', async () => {
   const producer = new Producer(redis, { idleTimeoutMs: 1 })
   const calls = Array.from({ length: 200 }, (_, c) => `CA${c}`)
   await producer.store(...calls.map((call) => turn(call, 0)))
-  await pause(20)
+  await sleep(20)
   const reaped = (await Promise.all(Array.from({ length: 20 }, () => leases.reap(30)))).flat()
   expect(reaped.toSorted()).toEqual(calls.toSorted())
   for (const call of calls) expect(await ends(call)).toHaveLength(1)
@@ -193,7 +191,7 @@ test('many_sinks_that_look_for_silent_calls_end_each_once', async () => {
 test('no_more_calls_are_reaped_at_once_than_asked_for', async () => {
   const producer = new Producer(redis, { idleTimeoutMs: 1 })
   await producer.store(...Array.from({ length: 25 }, (_, c) => turn(`CA${c}`, 0)))
-  await pause(20)
+  await sleep(20)
   const rounds = [await leases.reap(10), await leases.reap(10), await leases.reap(10), await leases.reap(10)]
   expect(rounds.map((round) => round.length)).toEqual([10, 10, 5, 0])
 })
@@ -228,12 +226,12 @@ test('keys_that_are_gone_or_of_another_type_keep_no_other_call_from_its_end', as
   ]
   for (const call of [gone, foreignStream, foreignSession, silent]) {
     await producer.store(turn(call, 0))
-    await pause(2)
+    await sleep(2)
   }
   await redis.client.del(streamOf(redis, gone))
   await redis.client.set(streamOf(redis, foreignStream), 'of somebody else')
   await redis.client.set(sessionOf(redis, foreignSession), 'of somebody else')
-  await pause(10)
+  await sleep(10)
   expect(await leases.reap(10)).toEqual([foreignSession, silent])
   expect(await leases.reap(10)).toEqual([])
   expect(await ends(foreignSession)).toMatchObject([{ reason: 'abandoned' }])

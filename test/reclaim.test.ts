@@ -1,14 +1,15 @@
 /** reclaim: what a sink that died or hangs had leased goes to another, nothing missing. */
-import { afterEach, beforeEach, expect, test } from 'vitest'
-import { givenBack, Leases } from '../sink/lease.js'
-import { freshRedis, type RedisDatabase, until } from './support/stores.js'
+import { setTimeout as sleep } from 'node:timers/promises'
+import { beforeEach, expect, test } from 'vitest'
+import { givenBack, type Leases } from '../sink/lease.js'
+import { type RedisDatabase, until } from './support/stores.js'
 import {
   callsIn,
   committed,
+  freshLeases,
   groupOf,
-  LIMITS,
   leaseAll,
-  Producer,
+  type Producer,
   placesOf,
   sessionOf,
   streamOf,
@@ -20,11 +21,8 @@ let redis: RedisDatabase
 let leases: Leases
 let producer: Producer
 beforeEach(async () => {
-  redis = await freshRedis()
-  leases = new Leases(redis.client, redis.partitions, LIMITS.leaseMs)
-  producer = new Producer(redis)
+  ;({ redis, leases, producer } = await freshLeases())
 })
-afterEach(() => redis.drop())
 
 const sid = 'CA1'
 
@@ -54,7 +52,7 @@ test('a_call_has_been_waiting_since_its_oldest_entry_arrived_whoever_had_it_mean
   await producer.store(turn(sid, 0), turn(sid, 1))
   await leases.settle([committed(await take(leases, redis), 1)])
   const [, second] = await redis.client.xrange(streamOf(redis, sid), '-', '+')
-  await new Promise((resolve) => setTimeout(resolve, 20))
+  await sleep(20)
   await loseLeases(1)
   expect((await placesOf(redis, sid)).ready).toBe(Number.parseInt(second![0], 10))
 })
@@ -82,7 +80,7 @@ test('many_sinks_that_look_for_lapsed_leases_reclaim_each_once', async () => {
   const calls = Array.from({ length: 200 }, (_, c) => `CA${c}`)
   await producer.store(...calls.map((each) => turn(each, 0)))
   await leaseAll(leases, redis, { leaseMs: 1 })
-  await new Promise((resolve) => setTimeout(resolve, 20))
+  await sleep(20)
   const reclaimed = (await Promise.all(Array.from({ length: 20 }, () => leases.reclaim(30)))).flat()
   expect(reclaimed.toSorted()).toEqual(calls.toSorted())
   for (const lease of await leaseAll(leases, redis)) expect(lease.lapses).toBe(1)
@@ -92,7 +90,7 @@ test('no_more_calls_are_reclaimed_at_once_than_asked_for', async () => {
   const calls = Array.from({ length: 25 }, (_, c) => `CA${c}`)
   await producer.store(...calls.map((each) => turn(each, 0)))
   await leaseAll(leases, redis, { leaseMs: 1 })
-  await new Promise((resolve) => setTimeout(resolve, 20))
+  await sleep(20)
   const rounds = [
     await leases.reclaim(10),
     await leases.reclaim(10),
@@ -119,7 +117,7 @@ test('a_session_key_of_another_type_loses_no_call', async () => {
   await producer.store(turn(before, 0), turn(foreign, 0), turn(behind, 0))
   await leaseAll(leases, redis, { leaseMs: 1 })
   await redis.client.set(sessionOf(redis, foreign), 'of somebody else')
-  await new Promise((resolve) => setTimeout(resolve, 20))
+  await sleep(20)
   expect(await leases.reclaim(10)).toEqual([before, foreign, behind])
   for (const each of [before, foreign, behind]) expect(Object.keys(await placesOf(redis, each))).toContain('ready')
 })

@@ -1,11 +1,13 @@
 /** settle: the cursor moves with what is committed, the lease ends, and nothing that arrived meanwhile is forgotten. */
-import { afterEach, beforeEach, expect, test } from 'vitest'
-import { givenBack, Leases } from '../sink/lease.js'
-import { freshRedis, type RedisDatabase, until } from './support/stores.js'
+import { setTimeout as sleep } from 'node:timers/promises'
+import { beforeEach, expect, test } from 'vitest'
+import { givenBack, type Leases } from '../sink/lease.js'
+import { type RedisDatabase, until } from './support/stores.js'
 import {
   callsIn,
   committed,
   entriesOf,
+  freshLeases,
   groupOf,
   LIMITS,
   leaseAll,
@@ -22,14 +24,10 @@ let redis: RedisDatabase
 let leases: Leases
 let producer: Producer
 beforeEach(async () => {
-  redis = await freshRedis()
-  leases = new Leases(redis.client, redis.partitions, LIMITS.leaseMs)
-  producer = new Producer(redis)
+  ;({ redis, leases, producer } = await freshLeases())
 })
-afterEach(() => redis.drop())
 
 const sid = 'CA1'
-const pause = (ms: number) => new Promise((resolve) => setTimeout(resolve, ms))
 const msOf = (id: string) => Number.parseInt(id, 10)
 const idsOf = async (callSid: string) => (await entriesOf(redis, callSid)).map(([id]) => id)
 
@@ -59,7 +57,7 @@ test('settle_moves_the_cursor_and_XINFO_reports_lag_0_and_nothing_pending', asyn
 test('a_partly_committed_call_is_ready_again_since_its_oldest_waiting_entry', async () => {
   for (let seq = 0; seq < 3; seq++) {
     await producer.store(turn(sid, seq))
-    await pause(3)
+    await sleep(3)
   }
   const ids = await idsOf(sid)
   const { again } = await leases.settle([committed(await take(leases, redis), 1)])
@@ -72,12 +70,12 @@ test('a_partly_committed_call_is_ready_again_since_its_oldest_waiting_entry', as
 test('news_during_a_lease_is_not_lost', async () => {
   await producer.store(turn(sid, 0))
   const taken = await take(leases, redis)
-  await pause(3)
+  await sleep(3)
   await producer.store(turn(sid, 1))
-  await pause(3)
+  await sleep(3)
   await producer.store(turn(sid, 2))
   expect((await placesOf(redis, sid)).ready).toBeUndefined()
-  await pause(3)
+  await sleep(3)
   const { again } = await leases.settle([committed(taken)])
   expect(again).toEqual([redis.partitions.of(sid).partition])
   const ids = await idsOf(sid)
@@ -135,7 +133,7 @@ test('an_expired_holder_moves_and_releases_nothing', async () => {
 test('a_lease_that_lapsed_but_was_not_taken_away_still_settles', async () => {
   await producer.store(turn(sid, 0))
   const slow = await take(leases, redis, { leaseMs: 1 })
-  await pause(10)
+  await sleep(10)
   expect(await leases.settle([committed(slow)])).toEqual({ lapsed: 0, again: [], lost: [] })
   expect(await groupOf(redis, sid)).toMatchObject({ lag: 0 })
   expect(await leases.reclaim(10)).toEqual([])
@@ -144,7 +142,7 @@ test('a_lease_that_lapsed_but_was_not_taken_away_still_settles', async () => {
 test('giving_back_makes_ready_again_without_progress', async () => {
   await producer.store(turn(sid, 0))
   await leases.settle([committed(await take(leases, redis))])
-  await pause(5)
+  await sleep(5)
   await producer.store(turn(sid, 1), turn(sid, 2))
   const ids = await idsOf(sid)
   const group = await groupOf(redis, sid)

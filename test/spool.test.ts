@@ -8,8 +8,6 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import getPort from 'get-port'
 import type { Redis } from 'ioredis'
 import { beforeEach, describe, expect, onTestFinished, test } from 'vitest'
-import { startRedis } from '../cli/local-redis.js'
-import type { LocalServer } from '../cli/local-server.js'
 import { childEnvironment, OperatorError, readConfig } from '../shared/config.js'
 import type { Turn } from '../shared/events.js'
 import { Partitions } from '../shared/keys.js'
@@ -17,70 +15,31 @@ import { PACKAGE_ROOT } from '../shared/package-root.js'
 import { connectRedis } from '../shared/redis.js'
 import { startSink } from '../sink/sink.js'
 import { testIngest } from './support/ingest.js'
+import { KillableStore } from './support/killable-stores.js'
+import { figure } from './support/metrics.js'
 import { freshDatabase, log, until } from './support/stores.js'
 import { eventsOf, type Store, turn } from './support/streams.js'
 
 const partitions = new Partitions(64)
 
-/** A Redis of the test's own, that can be taken away. */
-class OwnRedis {
-  private isFrozen = false
-
-  private constructor(
-    private readonly dataDir: string,
-    private server: LocalServer,
-  ) {}
-
-  static async start(): Promise<OwnRedis> {
-    const folder = await mkdtemp(join(tmpdir(), 'calltape-spool-redis-'))
-    const redis = new OwnRedis(join(folder, 'redis'), await startRedis({ dataDir: join(folder, 'redis') }))
-    onTestFinished(async () => {
-      if (redis.isFrozen) redis.thaw()
-      await redis.server.stop()
-      await rm(folder, { recursive: true, force: true })
-    })
-    return redis
-  }
-
-  get url(): string {
-    return this.server.url
-  }
-
-  async kill(): Promise<void> {
-    process.kill(this.server.pid, 'SIGKILL')
-    await this.server.exited
-  }
-
-  async restart(): Promise<void> {
-    this.server = await startRedis({ dataDir: this.dataDir, port: Number(new URL(this.url).port) })
-  }
-
-  freeze(): void {
-    this.isFrozen = process.kill(this.server.pid, 'SIGSTOP')
-  }
-
-  thaw(): void {
-    process.kill(this.server.pid, 'SIGCONT')
-    this.isFrozen = false
-  }
-
-  async store(): Promise<Store & { client: Redis }> {
-    const client = (await connectRedis(this.url, log)) as Redis
-    onTestFinished(() => client.disconnect())
-    return { client, partitions }
-  }
-}
-
-let redis: OwnRedis
+let redis: KillableStore
 let SPOOL_DIR: string
 let environment: Record<string, string>
 beforeEach(async () => {
-  redis = await OwnRedis.start()
+  redis = await KillableStore.redis()
+  onTestFinished(() => redis.end())
   const folder = await mkdtemp(join(tmpdir(), 'calltape-spool-'))
   onTestFinished(() => rm(folder, { recursive: true, force: true }))
   SPOOL_DIR = join(folder, 'below', 'spool')
   environment = { REDIS_URL: redis.url, SPOOL_DIR }
 })
+
+/** A look into that Redis, while it is there. */
+async function openStore(): Promise<Store & { client: Redis }> {
+  const client = (await connectRedis(redis.url, log)) as Redis
+  onTestFinished(() => client.disconnect())
+  return { client, partitions }
+}
 
 interface Reply {
   status: number
@@ -105,13 +64,8 @@ async function noticeThatRedisIsGone(url: string): Promise<void> {
   await fetch(`${url}/v1/events`, { ...init, signal: AbortSignal.timeout(200) }).catch(() => undefined)
 }
 
-const metricOf = async (url: string, name: string): Promise<number> => {
-  const text = await (await fetch(`${url}/metrics`)).text()
-  return Number(new RegExp(`^${name}(?:{[^}]*})? (\\S+)$`, 'm').exec(text)?.[1])
-}
-
 async function untilReplayed(url: string): Promise<void> {
-  await until('the spool is empty', async () => (await metricOf(url, 'calltape_ingest_spool_bytes')) === 0)
+  await until('the spool is empty', async () => (await figure(url, 'calltape_ingest_spool_bytes')) === 0)
   await until('events go directly again', async () => (await post(url, turn('probe', 1))).status === 200)
 }
 
@@ -145,7 +99,7 @@ async function ingestProcess(extra: Record<string, string> = {}, prefix = '') {
 describe('with Redis well', () => {
   test('spool_true_answers_as_always_and_writes_nothing', async () => {
     const { url } = await testIngest(environment)
-    const store = await redis.store()
+    const store = await openStore()
     await store.client.set(`${partitions.of('CA2').streamPrefix}CA2`, 'somebody else’s')
     const keyless = { type: 'turn', call_sid: 'CA1', speaker: 'agent', text: 'hello' }
     const from = Date.now()
@@ -177,7 +131,7 @@ describe('with Redis well', () => {
       expect([status, body.error?.code], wrong).toEqual([400, 'invalid_query'])
     }
     expect((await post(url, turn('CA1', 0), '?spool=false')).status).toBe(200)
-    const [event] = await eventsOf(await redis.store(), 'CA1')
+    const [event] = await eventsOf(await openStore(), 'CA1')
     expect(event).toEqual(turn('CA1', 0))
   })
 
@@ -196,7 +150,7 @@ describe('with Redis well', () => {
     await redis.kill()
     await noticeThatRedisIsGone(first.url)
     expect((await post(first.url, turn('CA1', 0))).status).toBe(202)
-    await redis.restart()
+    await redis.start()
   })
 })
 
@@ -216,15 +170,15 @@ describe('while Redis is away', () => {
       expect(reply).toMatchObject({ status: 202, body: { accepted: 2, spooled: true, rejected: [{ index: 1 }] } })
     }
     expect((await segments()).length).toBeGreaterThan(0)
-    expect(await metricOf(url, 'calltape_ingest_spooled_events_total')).toBe(38)
+    expect(await figure(url, 'calltape_ingest_spooled_events_total')).toBe(38)
     expect((await fetch(`${url}/readyz`)).status).toBe(503)
     for (const reply of await Promise.all(plain)) {
       expect([reply.status, reply.body.error?.code, reply.retryAfter]).toEqual([503, 'unavailable', '2'])
     }
-    expect(await metricOf(url, 'calltape_ingest_spooled_events_total'), 'without the plain ones').toBe(38)
-    await redis.restart()
+    expect(await figure(url, 'calltape_ingest_spooled_events_total'), 'without the plain ones').toBe(38)
+    await redis.start()
     await untilReplayed(url)
-    const store = await redis.store()
+    const store = await openStore()
     expect(await firstSeqs(store, 'CA1')).toEqual([...Array(20).keys()])
     expect(await firstSeqs(store, 'CA3')).toEqual([...Array(20).keys()].slice(1))
     expect(await post(url, turn('CA1', 20))).toMatchObject({ status: 200 })
@@ -249,13 +203,13 @@ describe('while Redis is away', () => {
       await sleep(200)
       await redis.kill()
       await sleep(pause)
-      await redis.restart()
+      await redis.start()
     }
     await until('events go directly again', async () => (await post(url, turn('probe', 1))).status === 200)
     isOver = true
     await Promise.all(producers)
     await untilReplayed(url)
-    const store = await redis.store()
+    const store = await openStore()
     for (const [sid, seqs] of acked) expect(await firstSeqs(store, sid), sid).toEqual(seqs)
     expect([...statuses].sort()).toEqual([200, 202])
   })
@@ -273,10 +227,10 @@ describe('while Redis is away', () => {
     const taken = statuses.filter((status) => status === 202).length
     expect(taken).toBeGreaterThan(10)
     expect(statuses.slice(taken)).toEqual(Array(30 - taken).fill(503))
-    expect(await metricOf(url, 'calltape_ingest_spool_bytes')).toBeLessThanOrEqual(1024 * 1024)
-    await redis.restart()
+    expect(await figure(url, 'calltape_ingest_spool_bytes')).toBeLessThanOrEqual(1024 * 1024)
+    await redis.start()
     await untilReplayed(url)
-    expect(await firstSeqs(await redis.store(), 'CA1')).toEqual([...Array(taken).keys()])
+    expect(await firstSeqs(await openStore(), 'CA1')).toEqual([...Array(taken).keys()])
     expect((await post(url, turn('CA1', 99))).status).toBe(200)
   })
 
@@ -290,7 +244,7 @@ describe('while Redis is away', () => {
     expect(reply).toMatchObject({ status: 202, body: { accepted: 3, spooled: true } })
     redis.thaw()
     await untilReplayed(url)
-    const store = await redis.store()
+    const store = await openStore()
     const [first, second, third, ...again] = await eventsOf(store, 'CA1')
     expect(again, 'the copies are the same').toEqual([first, second, third])
     const settings = { REDIS_URL: redis.url, DATABASE_URL: database.url, SINK_METRICS_PORT: '0' }
@@ -311,17 +265,17 @@ describe('while Redis is away', () => {
     await redis.kill()
     await noticeThatRedisIsGone(former.url)
     expect((await post(former.url, turn('CA1', 0))).status).toBe(202)
-    await redis.restart()
+    await redis.start()
     const latter = await testIngest(environment)
     await redis.kill()
     await Promise.all([former, latter].map(({ url }) => noticeThatRedisIsGone(url)))
     expect(await post(former.url, turn('CA1', 10))).toMatchObject({ status: 503, retryAfter: '2' })
     const plain = post(former.url, turn('CA1', 11))
     for (let seq = 1; seq < 4; seq++) expect((await post(latter.url, turn('CA1', seq))).status).toBe(202)
-    await redis.restart()
+    await redis.start()
     expect((await plain).status, 'as without a spool').toBe(200)
     await untilReplayed(latter.url)
-    const stored = await firstSeqs(await redis.store(), 'CA1')
+    const stored = await firstSeqs(await openStore(), 'CA1')
     expect(stored.filter((seq) => seq! < 10)).toEqual([0, 1, 2, 3])
     expect(stored).toContain(11)
   })
@@ -340,11 +294,11 @@ describe('an ingest that is killed', () => {
         if (reply?.status === 202) acked.push(seq)
       }
       expect(acked).toEqual(CRASH_AT.includes('replay') ? [0, 1, 2, 3, 4, 5] : [0, 1])
-      await redis.restart()
+      await redis.start()
       expect(await exited).toEqual([null, 'SIGKILL'])
       const next = await ingestProcess()
       await untilReplayed(next.url)
-      const stored = await firstSeqs(await redis.store(), 'CA1')
+      const stored = await firstSeqs(await openStore(), 'CA1')
       expect(stored).toEqual(CRASH_AT === 'after-spool:3' ? [...acked, 2] : acked)
       expect((await post(next.url, turn('CA1', 9))).status).toBe(200)
     },
@@ -356,16 +310,16 @@ describe('an ingest that is killed', () => {
     const first = post(url, turn('CA1', 0))
     await until(
       'it knows that Redis is gone',
-      async () => (await metricOf(url, 'calltape_ingest_flush_failures_total')) > 0,
+      async () => (await figure(url, 'calltape_ingest_flush_failures_total')) > 0,
     )
     const replies = await Promise.all([first, post(url, turn('CA1', 1))])
     expect(replies.map(({ status }) => status)).toEqual([202, 202])
     kill()
     await exited
-    await redis.restart()
+    await redis.start()
     const next = await ingestProcess()
     await untilReplayed(next.url)
-    expect(await firstSeqs(await redis.store(), 'CA1')).toEqual([0, 1])
+    expect(await firstSeqs(await openStore(), 'CA1')).toEqual([0, 1])
   })
 
   test('when_told_to_stop_does_not_wait_for_a_long_spool', async () => {
@@ -376,10 +330,10 @@ describe('an ingest that is killed', () => {
     expect((await post(first.url, body)).status).toBe(202)
     const stopped = first.stop()
     await Promise.race([stopped, sleep(20_000).then(() => expect.unreachable('stop() waits for Redis'))])
-    await redis.restart()
+    await redis.start()
     const next = await testIngest(environment)
     await untilReplayed(next.url)
-    expect(await firstSeqs(await redis.store(), 'CA1')).toEqual(body.map(({ seq }) => seq))
+    expect(await firstSeqs(await openStore(), 'CA1')).toEqual(body.map(({ seq }) => seq))
   })
 })
 
@@ -399,15 +353,15 @@ describe('a disk that fails', () => {
     expect(acked.length).toBeGreaterThan(3)
     expect(refused.length).toBeGreaterThan(0)
     for (const { status, retryAfter } of refused) expect([status, retryAfter]).toEqual([503, '2'])
-    expect(await metricOf(url, 'calltape_ingest_spool_failures_total')).toBeGreaterThan(0)
+    expect(await figure(url, 'calltape_ingest_spool_failures_total')).toBeGreaterThan(0)
     await until('the disk is tried again', async () => {
       const reply = await post(url, turn('CA1', 100))
       return reply.status === 202
     })
     expect((await fetch(`${url}/healthz`)).status).toBe(200)
-    await redis.restart()
+    await redis.start()
     await untilReplayed(url)
-    expect(await firstSeqs(await redis.store(), 'CA1')).toEqual([...acked, 100])
-    expect(await metricOf(url, 'calltape_ingest_spool_damaged_records_total')).toBe(0)
+    expect(await firstSeqs(await openStore(), 'CA1')).toEqual([...acked, 100])
+    expect(await figure(url, 'calltape_ingest_spool_damaged_records_total')).toBe(0)
   })
 })

@@ -1,4 +1,5 @@
 /** `calltape verify`: exit code 0 means that all that was in the streams is in PostgreSQL; everything else is named. */
+import { setTimeout as sleep } from 'node:timers/promises'
 import { Redis } from 'ioredis'
 import { afterAll, beforeAll, describe, expect, onTestFinished, test } from 'vitest'
 import { compareStores, readWindow } from '../cli/verify.js'
@@ -11,8 +12,8 @@ import { startSink } from '../sink/sink.js'
 import { Calls, ended, newSid } from './support/calls.js'
 import { calltape } from './support/program.js'
 import { Relay } from './support/relay.js'
-import { freshDatabase, log, until } from './support/stores.js'
-import { entriesOf, groupOf, ownRedis, Producer, streamOf, turn } from './support/streams.js'
+import { freshDatabase, log, ownRedis, until } from './support/stores.js'
+import { entriesOf, groupOf, Producer, streamOf, turn } from './support/streams.js'
 
 const ALL = { from: '-', to: '+' }
 const verify = ({ stack }: Calls, callSid?: string, window = ALL, waitMs = 0): Promise<Report> =>
@@ -93,6 +94,15 @@ describe('what_is_all_there', () => {
     const report = await verify(s, sid)
     expect(found(report)).toEqual([])
     expect(report.counts).toMatchObject({ entries: 9, turns: 2, quarantined: 7 })
+  })
+
+  test('is_clean_with_a_stream_whose_name_PostgreSQL_cannot_hold', async () => {
+    const sid = `${newSid()}\0`
+    await s.foreign(sid, [['e', '{}']])
+    await settled(s, sid)
+    const report = await verify(s, sid)
+    expect(found(report)).toEqual([])
+    expect(report.counts).toMatchObject({ calls: 1, entries: 1, quarantined: 1 })
   })
 
   test('is_clean_while_the_call_goes_on_and_is_paged_however_long_it_is', async () => {
@@ -325,6 +335,7 @@ describe('a_finding', () => {
     const report = await verify(s, sid)
     expect(report.wrong).toBe(50)
     const text = report.describe()
+    expect(text).toMatch(/^ {2}calls +1\n {2}entries +\d+\n/)
     expect(text.match(/^ {2}different: call/gm)).toHaveLength(20)
     expect(text).toMatch(/… and 30 more/)
     expect(text + JSON.stringify(report)).not.toContain('secret')
@@ -403,7 +414,7 @@ describe('what_is_not_committed_yet', () => {
 
   test('is_waited_for_and_what_comes_meanwhile_does_not_matter', async () => {
     const report = verify(s, undefined, ALL, 30_000)
-    await new Promise((resolve) => setTimeout(resolve, 300))
+    await sleep(300)
     await s.producer.store(turn('a', 3))
     await s.start()
     const { counts, wrong } = await report
@@ -420,7 +431,7 @@ describe('what_is_not_committed_yet', () => {
     await setCursor(await entryIdOf(s, 'd', 0))
     const report = verify(s, 'd', ALL, 30_000)
     for (const seq of [0, 1, 2]) {
-      await new Promise((resolve) => setTimeout(resolve, 400)) // more than one look
+      await sleep(400) // more than one look
       await s.query('INSERT INTO call_transcript_turns SELECT * FROM aside WHERE seq = $1', seq)
       await setCursor(await entryIdOf(s, 'd', seq + 1))
     }
@@ -432,10 +443,7 @@ describe('what_is_not_committed_yet', () => {
     const relay = await Relay.start(s.stack.redis.url)
     await s.producer.store(turn('e', 0))
     const report = compareStores({ ...s.stack.config, REDIS_URL: relay.url }, 'e', ALL, 30_000)
-    const [outcome] = await Promise.all([
-      report.catch((error: Error) => error),
-      new Promise((resolve) => setTimeout(resolve, 400)).then(() => relay.stop()),
-    ])
+    const [outcome] = await Promise.all([report.catch((error: Error) => error), sleep(400).then(() => relay.stop())])
     expect(outcome).toBeInstanceOf(OperatorError)
     expect((outcome as Error).message).toMatch(/^could not compare to the end: /)
   })

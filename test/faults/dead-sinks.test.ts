@@ -5,7 +5,7 @@ import type { Service } from '../support/processes.js'
 import { until } from '../support/stores.js'
 import { groupOf, streamOf } from '../support/streams.js'
 import { Load } from './load.js'
-import { backlogOf, figuresOf, type Rig, settled, startRig, TIMEOUT_MS } from './rig.js'
+import { backlogOf, figureOf, type Rig, settled, startRig, TIMEOUT_MS } from './rig.js'
 
 const LEASE_MS = 2000
 /** Of a sink, by default. */
@@ -27,7 +27,7 @@ test.concurrent('a_sink_killed_with_leases_in_hand_is_replaced_by_the_other', {
   await load.expectStored(rig.pool)
   await settled(rig)
   expect(dead!.deaths).toMatchObject([{ signal: 'SIGKILL', wanted: false }])
-  expect((await figuresOf(other!))('reclaimed_total')).toBeGreaterThan(0)
+  expect(await figureOf(other!, 'reclaimed_total')).toBeGreaterThan(0)
 })
 
 const lateClaim = 'a_sink_that_wakes_up_after_its_leases_doubles_nothing_and_moves_no_cursor_back'
@@ -38,7 +38,7 @@ test.concurrent(lateClaim, { timeout: TIMEOUT_MS }, async (context) => {
   const rig = await startRig({ context, ingests: 1, environment: ENVIRONMENT, sinkEnvironments, relays })
   const [sleeper, other] = rig.sinks
   const relay = rig.relays.sinkPostgres!
-  const batchesOf = async (sink: Service) => (await figuresOf(sink))('batch_rows_count')
+  const batchesOf = (sink: Service) => figureOf(sink, 'batch_rows_count')
   const warmUp = new Load({ calls: 80, turns: 2 })
   await warmUp.play(rig.url)
   await warmUp.expectStored(rig.pool)

@@ -114,8 +114,7 @@ export async function disturb(relay: Relay, chance: Chance, ms: number): Promise
       relay.delayMs = 0
     },
     async () => {
-      relay.holdRequests = true
-      relay.holdReplies = true
+      relay.hold()
       await sleep(between(chance, 100, 1200))
       if (chance() < 0.5) relay.cut()
       else relay.release()

@@ -9,6 +9,7 @@ import { createPool, type Pool } from '../../shared/postgres.js'
 import { connectRedis, type RedisClient } from '../../shared/redis.js'
 import { migrate } from '../../shared/schema.js'
 import type { KillableStore } from '../support/killable-stores.js'
+import { figure } from '../support/metrics.js'
 import { lastingPort, Service } from '../support/processes.js'
 import { Relay } from '../support/relay.js'
 import { freshDatabase, freshRedis, log, until } from '../support/stores.js'
@@ -150,14 +151,9 @@ export async function settled(rig: Rig, timeoutMs = 20_000): Promise<void> {
   await until('nothing is ready or leased', isEmpty, timeoutMs)
 }
 
-/** A sink's figures by their names, summed over labels. @throws when it does not answer */
-export async function figuresOf(sink: Service): Promise<(name: string) => number> {
-  const text = await (await fetch(`${await sink.serves()}/metrics`)).text()
-  return (name) => {
-    if (!text.includes(`calltape_sink_${name}`)) throw new Error(`there is no calltape_sink_${name}`)
-    const values = text.matchAll(new RegExp(`^calltape_sink_${name}(?:{.*})? (\\S+)$`, 'gm'))
-    return [...values].reduce((sum, [, value]) => sum + Number(value), 0)
-  }
+/** @param name what follows `calltape_sink_` @throws when it does not answer */
+export async function figureOf(sink: Service, name: string): Promise<number> {
+  return figure(await sink.serves(), `calltape_sink_${name}`)
 }
 
 /** Whatever the test did to them, no process died of it by itself. */

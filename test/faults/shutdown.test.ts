@@ -3,7 +3,7 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import { expect, test } from 'vitest'
 import type { Service } from '../support/processes.js'
 import { Load } from './load.js'
-import { backlogOf, expectNoUnexplainedDeaths, figuresOf, settled, startRig, TIMEOUT_MS } from './rig.js'
+import { backlogOf, expectNoUnexplainedDeaths, figureOf, settled, startRig, TIMEOUT_MS } from './rig.js'
 
 const STOP_MS = 10_000
 /** Of a machine that has other things to do; a lease that had to lapse would take 15 s. */
@@ -30,10 +30,9 @@ test.concurrent('a_sink_stopped_under_load_leaves_nothing_in_hand_and_nothing_to
   await played
   await load.expectStored(rig.pool)
   await settled(rig)
-  const figure = await figuresOf(sink!)
-  expect(figure('turns_total')).toBeGreaterThan(0)
+  expect(await figureOf(sink!, 'turns_total')).toBeGreaterThan(0)
   for (const name of ['duplicate_turns_total', 'staged_batches_total', 'reclaimed_total', 'retries_total']) {
-    expect([name, figure(name)]).toEqual([name, 0])
+    expect([name, await figureOf(sink!, name)]).toEqual([name, 0])
   }
 })
 

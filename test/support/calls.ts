@@ -1,6 +1,7 @@
 /** A stack, and what the suites of the sink ask of it again and again. */
 import type { CallEvent } from '../../shared/events.js'
 import { type Sink, startSink } from '../../sink/sink.js'
+import { figure } from './metrics.js'
 import { log, startTestStack, type TestStack, until } from './stores.js'
 import { groupOf, Producer, streamOf } from './streams.js'
 
@@ -94,11 +95,9 @@ export class Calls {
     return sink
   }
 
-  async metric(name: string, sink = this.stack.sinks[0]!): Promise<number> {
-    const text = await (await fetch(`${sink.url}/metrics`)).text()
-    if (!text.includes(`# TYPE calltape_sink_${name} `)) throw new Error(`there is no metric ${name}`)
-    const values = text.matchAll(new RegExp(`^calltape_sink_${name}(?:\\{.*\\})? (\\S+)$`, 'gm'))
-    return [...values].reduce((sum, [, value]) => sum + Number(value), 0)
+  /** @param name what follows `calltape_sink_` */
+  metric(name: string, sink = this.stack.sinks[0]!): Promise<number> {
+    return figure(sink.url, `calltape_sink_${name}`)
   }
 
   async ready(sink = this.stack.sinks[0]!): Promise<string> {

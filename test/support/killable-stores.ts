@@ -1,4 +1,4 @@
-/** A Redis and a PostgreSQL of a test's own, to be killed and started again on the same data and port. */
+/** A Redis and a PostgreSQL of a test's own, to be killed and started again on the same data and port, or stopped for a while. */
 import { chmod, mkdtemp, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
@@ -8,8 +8,8 @@ import type { LocalServer } from '../../cli/local-server.js'
 import { lastingPort } from './processes.js'
 
 export class KillableStore {
-  restarts = 0
   private isDown = false
+  private isFrozen = false
 
   private constructor(
     private server: LocalServer,
@@ -20,16 +20,16 @@ export class KillableStore {
   /** Syncs every write before it answers: what it has said survives whatever happens to its process. */
   static redis(): Promise<KillableStore> {
     const args = ['--appendfsync', 'always']
-    return KillableStore.start('redis', (dataDir, port) => startRedis({ dataDir, port, args }))
+    return KillableStore.open('redis', (dataDir, port) => startRedis({ dataDir, port, args }))
   }
 
   static postgres(): Promise<KillableStore> {
     const settings = { shared_buffers: '64MB' }
-    return KillableStore.start('postgres', (dataDir, port) => startPostgres({ dataDir, port, settings }))
+    return KillableStore.open('postgres', (dataDir, port) => startPostgres({ dataDir, port, settings }))
   }
 
-  private static async start(name: string, run: (dataDir: string, port: number) => Promise<LocalServer>) {
-    const folder = await mkdtemp(join(tmpdir(), `calltape-faults-${name}-`))
+  private static async open(name: string, run: (dataDir: string, port: number) => Promise<LocalServer>) {
+    const folder = await mkdtemp(join(tmpdir(), `calltape-test-${name}-`))
     await chmod(folder, 0o711) // as root, PostgreSQL runs as another user, who has to get through
     const port = await lastingPort()
     const launch = () => run(join(folder, name), port)
@@ -40,24 +40,44 @@ export class KillableStore {
     return this.server.url
   }
 
+  /** Not so from `kill` until it has started again. */
   get isUp(): boolean {
     return !this.isDown
   }
 
-  /** Ends it with a signal, for as long as `downMs`, and starts it again; resolves when it serves. */
-  async restart(signal: NodeJS.Signals, downMs = 0): Promise<void> {
+  /** Resolves when its process is gone. */
+  async kill(signal: NodeJS.Signals = 'SIGKILL'): Promise<void> {
     this.isDown = true
-    const { url } = this.server
     process.kill(this.server.pid, signal)
     await this.server.exited
-    if (downMs > 0) await new Promise((resolve) => setTimeout(resolve, downMs))
+  }
+
+  /** After `kill`; resolves when it serves again. @throws when its port has been taken meanwhile */
+  async start(): Promise<void> {
+    const { url } = this.server
     this.server = await this.launch()
     if (this.server.url !== url) throw new Error(`${url} has come back as ${this.server.url}`)
-    this.restarts++
     this.isDown = false
   }
 
+  async restart(signal: NodeJS.Signals): Promise<void> {
+    await this.kill(signal)
+    await this.start()
+  }
+
+  /** Its connections stay, and nobody answers. */
+  freeze(): void {
+    this.isFrozen = process.kill(this.server.pid, 'SIGSTOP')
+  }
+
+  thaw(): void {
+    process.kill(this.server.pid, 'SIGCONT')
+    this.isFrozen = false
+  }
+
+  /** At the test's end, however it stands. */
   async end(): Promise<void> {
+    if (this.isFrozen) this.thaw() // frozen, it would not hear that it is to stop
     await this.server.stop()
     await rm(this.folder, { recursive: true, force: true })
   }

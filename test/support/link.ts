@@ -1,5 +1,5 @@
-/** A TCP link to the stores that fails at a message chosen beforehand: how a process dies, or is cut off, in the middle of anything. */
-import { type AddressInfo, connect, createServer, type Server, type Socket } from 'node:net'
+/** A way to the stores that fails at a message chosen beforehand: how a process dies, or is cut off, in the middle of anything. */
+import { Relay } from './relay.js'
 
 /**
  * - `dies`: cut, and nothing passes ever again. For the stores, whoever is behind it is as dead as by `kill -9`.
@@ -9,48 +9,22 @@ import { type AddressInfo, connect, createServer, type Server, type Socket } fro
 export const LINK_FAULTS = ['dies', 'breaks', 'hangs'] as const
 export type LinkFault = (typeof LINK_FAULTS)[number]
 
+/** A relay for each store, and a count of what passes all of them. */
 export class Link {
-  /** The targets' URLs, by way of this link. */
-  readonly urls: string[] = []
-  private readonly servers: Server[] = []
-  /** Of each target. */
-  private readonly sockets: Set<Socket>[] = []
-  private held: [Socket, Buffer][] | undefined
   private isDead = false
   private armed: { left: number; fault: LinkFault | undefined; happened: () => void } | undefined
 
-  static async open(...targets: string[]): Promise<Link> {
-    const link = new Link()
-    for (const target of targets) await link.add(new URL(target))
-    return link
+  private constructor(private readonly relays: Relay[]) {
+    for (const relay of relays) relay.onChunk = () => this.meet(relay)
   }
 
-  private async add(target: URL): Promise<void> {
-    const sockets = new Set<Socket>()
-    this.sockets.push(sockets)
-    const server = createServer((near) => {
-      if (this.isDead) {
-        near.destroy()
-        return
-      }
-      const far = connect(Number(target.port), target.hostname)
-      for (const [from, to] of [[near, far] as const, [far, near] as const]) {
-        sockets.add(from)
-        from.setNoDelay(true)
-        from.on('data', (data) => this.pass(sockets, to, data))
-        from.on('error', () => undefined) // its 'close' follows
-        from.on('close', () => {
-          sockets.delete(from)
-          to.destroy()
-        })
-      }
-    })
-    await new Promise<void>((resolve) => server.listen(0, '127.0.0.1', resolve))
-    this.servers.push(server)
-    const url = new URL(target)
-    url.hostname = '127.0.0.1'
-    url.port = String((server.address() as AddressInfo).port)
-    this.urls.push(url.href)
+  static async open(...targets: string[]): Promise<Link> {
+    return new Link(await Promise.all(targets.map((target) => Relay.start(target))))
+  }
+
+  /** The targets' URLs, by way of this link. */
+  get urls(): string[] {
+    return this.relays.map(({ url }) => url)
   }
 
   /** @returns when the `nth` message from now, in whatever direction, has met its fault: it gets lost, or late. Without one it passes */
@@ -64,35 +38,29 @@ export class Link {
     this.armed = undefined
   }
 
-  /** Ends a hang: what was held arrives now, in order. */
+  /** Ends a hang: what was held arrives now, each connection's in its order. */
   release(): void {
-    const held = this.held ?? []
-    this.held = undefined
-    for (const [to, data] of held) to.write(data)
+    for (const relay of this.relays) relay.release()
   }
 
-  private pass(sockets: Set<Socket>, to: Socket, data: Buffer): void {
-    if (this.armed && --this.armed.left <= 0) {
-      const { fault, happened } = this.armed
-      this.armed = undefined
-      if (fault === 'hangs') this.held = []
-      else if (fault === 'dies') this.cut()
-      else if (fault === 'breaks') for (const socket of sockets) socket.destroy()
-      happened()
-      if (fault && fault !== 'hangs') return
+  /** A message that passes `relay` counts, and may be the one that meets its fault. */
+  private meet(relay: Relay): 'pass' | 'drop' {
+    // It goes on listening: were the port free, another link might get it, and whoever is dead would live on behind that one.
+    if (this.isDead) return 'drop'
+    if (!this.armed || --this.armed.left > 0) return 'pass'
+    const { fault, happened } = this.armed
+    this.armed = undefined
+    if (fault === 'hangs') for (const each of this.relays) each.hold()
+    if (fault === 'dies') {
+      this.isDead = true
+      for (const each of this.relays) each.cut()
     }
-    if (this.held) this.held.push([to, data])
-    else to.write(data)
-  }
-
-  private cut(): void {
-    this.isDead = true
-    this.held = undefined
-    for (const sockets of this.sockets) for (const socket of sockets) socket.destroy()
+    if (fault === 'breaks') relay.cut()
+    happened()
+    return fault === 'dies' || fault === 'breaks' ? 'drop' : 'pass'
   }
 
   async close(): Promise<void> {
-    this.cut()
-    await Promise.all(this.servers.map((server) => new Promise((resolve) => server.close(resolve))))
+    await Promise.all(this.relays.map((relay) => relay.stop()))
   }
 }

@@ -42,8 +42,8 @@ export class Relay {
   holdReplies = false
   /** By so much each chunk comes later, ms. */
   delayMs = 0
-  /** The next request that contains it does not pass, and its connection is cut. */
-  cutAt: string | undefined
+  /** Asked about each chunk, of requests and of replies. 'drop': it does not arrive, and its connection is cut. */
+  onChunk: ((data: Buffer) => 'pass' | 'drop') | undefined
   private cutAfterReplyBytes = Number.POSITIVE_INFINITY
   private next = 0
   private readonly sockets = new Set<Socket>()
@@ -52,19 +52,21 @@ export class Relay {
 
   private constructor(
     private readonly server: Server,
-    /** That of the first server, with the relay's port. */
+    /** That of the first server, with the relay's address and port. */
     readonly url: string,
     private readonly targets: URL[],
   ) {}
 
   /** @param urls where connections go in turn; one that refuses is passed over, as a load balancer does */
   static async start(...urls: [string, ...string[]]): Promise<Relay> {
-    const server = createServer((client) => {
+    // No Nagle: it would hold up what follows a small chunk, and tests count on chunks that are late only when told to be.
+    const server = createServer({ noDelay: true }, (client) => {
       relay.watch(client)
       relay.dial(client, relay.targets.length)
     })
     await new Promise<void>((resolve) => server.listen(0, '127.0.0.1', resolve))
     const url = new URL(urls[0])
+    url.hostname = '127.0.0.1'
     url.port = String((server.address() as AddressInfo).port)
     const targets = urls.map((each) => new URL(each))
     const relay = new Relay(server, url.href, targets)
@@ -74,7 +76,7 @@ export class Relay {
   private dial(client: Socket, tries: number): void {
     client.pause() // what it says before there is a server waits in the kernel
     const target = this.targets[this.next++ % this.targets.length]!
-    const server = connect(Number(target.port), target.hostname)
+    const server = connect({ port: Number(target.port), host: target.hostname, noDelay: true })
     const refused = () => (tries > 1 ? this.dial(client, tries - 1) : client.destroy())
     server.once('error', refused)
     server.once('connect', () => {
@@ -103,12 +105,16 @@ export class Relay {
     }
     client.on('close', ended(server))
     server.on('close', ended(client))
-    client.on('data', (data) => {
-      if (this.cutAt === undefined || !data.includes(this.cutAt)) return request.push(data)
-      this.cutAt = undefined
+    const passes = (data: Buffer) => {
+      if (this.onChunk?.(data) !== 'drop') return true
       client.destroy()
+      return false
+    }
+    client.on('data', (data) => {
+      if (passes(data)) request.push(data)
     })
     server.on('data', (data) => {
+      if (!passes(data)) return
       reply.push(data.subarray(0, this.cutAfterReplyBytes))
       this.cutAfterReplyBytes -= data.length
       if (this.cutAfterReplyBytes > 0) return
@@ -125,6 +131,12 @@ export class Relay {
 
   get holdsReplies(): boolean {
     return [...this.replies].some((pipe) => pipe.holds)
+  }
+
+  /** In both directions, until `release`. */
+  hold(): void {
+    this.holdRequests = true
+    this.holdReplies = true
   }
 
   release(): void {
