@@ -11,6 +11,15 @@ import type { VerifyOptions } from './verify.js'
 const { version, description } = JSON.parse(readPackageFile('package.json')) as { version: string; description: string }
 const DATA_FOLDER = '.calltape'
 
+/** Something has to be set or mended first. (1 is what commands answer.) */
+const EXIT_OPERATOR = 2
+/** A bug; EX_SOFTWARE of sysexits.h. Node's own code for it, 1, would read as an answer. */
+const EXIT_BUG = 70
+process.on('uncaughtException', (error) => {
+  console.error(error)
+  process.exit(EXIT_BUG)
+})
+
 const DATA_OPTION = [
   '--data <dir>',
   'the folder of the `calltape up` to ask, where REDIS_URL and DATABASE_URL are not set',
@@ -21,7 +30,7 @@ const program = new Command('calltape')
   .description(description)
   .version(version)
   .showHelpAfterError()
-  .exitOverride(({ exitCode }) => process.exit(exitCode && 2)) // a wrong option is no finding: 1 is what commands answer
+  .exitOverride(({ exitCode }) => process.exit(exitCode && EXIT_OPERATOR))
   .addHelpText('after', '\nConfiguration is by environment variables: see the table in README.md.')
 
 program
@@ -171,7 +180,7 @@ async function runUntilStopped(
 
 program.parseAsync().catch((error: Error) => {
   console.error(error instanceof OperatorError ? `calltape: ${error.message}` : error)
-  process.exitCode = error instanceof OperatorError ? 2 : 1
+  process.exitCode = error instanceof OperatorError ? EXIT_OPERATOR : EXIT_BUG
   // An error at start may leave connections open that would keep the process alive.
   setTimeout(() => process.exit(), 100).unref()
 })

@@ -2,10 +2,10 @@
 
 import { type Config, givenEnvironment, OperatorError, readConfig } from '../shared/config.js'
 import { idempotencyKey, Refusal, type Turn } from '../shared/events.js'
-import { GROUP, Partitions } from '../shared/keys.js'
+import { GROUP, type Partitions } from '../shared/keys.js'
 import { createLog } from '../shared/log.js'
 import { createPool, type Pool } from '../shared/postgres.js'
-import { connectRedis, openPartitions, type RedisClient } from '../shared/redis.js'
+import { connectRedis, type RedisClient, readPartitions } from '../shared/redis.js'
 import { requireSchema } from '../shared/schema.js'
 import { parseEntry } from '../sink/decode.js'
 import { runningStack } from './stack.js'
@@ -46,13 +46,14 @@ export async function show(callSid: string, options: { json?: boolean; data: str
     find(() => lookInRedis(config, callSid)),
     find(() => lookInPostgres(config, callSid)),
   ])
-  const live = 'value' in inRedis ? inRedis.value : undefined
+  const live = 'value' in inRedis ? inRedis.value.live : undefined
   const stored = 'value' in inPostgres ? inPostgres.value : undefined
   if (!live && !stored) {
     const answer = (found: Found<unknown>) => ('unreachable' in found ? found.unreachable : 'nothing there')
+    const key = 'value' in inRedis ? `, key ${inRedis.value.stream}` : ''
     throw new OperatorError(
       `nothing is known of call ${callSid}. Looked in\n` +
-        `  Redis at ${hostOf(config.REDIS_URL)}, key ${keyOf(config, callSid)}: ${answer(inRedis)}\n` +
+        `  Redis at ${hostOf(config.REDIS_URL)}${key}: ${answer(inRedis)}\n` +
         `  PostgreSQL at ${hostOf(config.DATABASE_URL)}, call_sessions and call_transcript_turns: ${answer(inPostgres)}`,
     )
   }
@@ -80,12 +81,14 @@ async function find<T>(look: () => Promise<T>): Promise<Found<T>> {
 }
 
 const hostOf = (urls: string) => new URL(urls.split(',')[0]!).host
-const keyOf = (config: Config, callSid: string) => new Partitions(config.PARTITIONS).of(callSid).streamPrefix + callSid
 
-async function lookInRedis(config: Config, callSid: string): Promise<LiveState | undefined> {
+/** What Redis has of the call, and under which key its stream was looked for. */
+async function lookInRedis(config: Config, callSid: string): Promise<{ stream: string; live: LiveState | undefined }> {
   const redis = await connectRedis(config.REDIS_URL, createLog('show', 'silent'))
   try {
-    return await readLive(redis, await openPartitions(redis, config.PARTITIONS), callSid)
+    const partitions = await readPartitions(redis, config.PARTITIONS)
+    const stream = partitions.of(callSid).streamPrefix + callSid
+    return { stream, live: await readLive(redis, partitions, callSid) }
   } finally {
     redis.disconnect()
   }

@@ -23,7 +23,7 @@
 -- The producer key may be gone or old (expired; Redis lost its last writes): then what the producer knows counts. Otherwise a
 -- first batch that failed would pass for applied because the second one was, or one that is lost would be waited for for ever.
 local KEPT_SECONDS = 86400 -- long enough for any retry; a producer's id is never used again
-local REFUSED = KEYS[1] .. ':refused' -- hash: batch number, its reply; only of batches with a refusal
+local REFUSED = KEYS[1] .. ':refused' -- hash: batch number, its reply; only of batches with a refusal, and only while it may be asked for
 local last = math.max(tonumber(redis.call('GET', KEYS[1]) or 0), tonumber(ARGV[2]))
 local batch = tonumber(ARGV[1])
 if batch <= last then
@@ -116,6 +116,10 @@ end
 
 redis.call('SET', KEYS[1], batch, 'EX', KEPT_SECONDS)
 if #refused > 0 then
+  -- What its producer knows will not be asked for again; without this, the hash would grow for as long as the producer lives.
+  for _, said in ipairs(redis.call('HKEYS', REFUSED)) do
+    if tonumber(said) <= tonumber(ARGV[2]) then redis.call('HDEL', REFUSED, said) end
+  end
   redis.call('HSET', REFUSED, batch, cjson.encode(refused))
   redis.call('EXPIRE', REFUSED, KEPT_SECONDS)
 end

@@ -11,22 +11,22 @@ import { randomUUID } from 'node:crypto'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { backoffMs } from '../shared/backoff.js'
 import { crashPoint } from '../shared/crash.js'
-import { type CallEvent, Refusal, resumes } from '../shared/events.js'
-import type { PartitionKeys, Partitions } from '../shared/keys.js'
+import { type CallEvent, Refusal } from '../shared/events.js'
+import type { Partitions } from '../shared/keys.js'
 import type { Logger } from '../shared/log.js'
 import type { IngestMetrics } from '../shared/metrics.js'
 import { isNoScript, type Lane, lanesOf, type RedisClient, Script } from '../shared/redis.js'
-import { FairQueue, type Waiting } from './fair-queue.js'
-import { sessionFields } from './session.js'
+import { Batch } from './batch.js'
+import { FairQueue } from './fair-queue.js'
 
-const MAX_BATCH_EVENTS = 512
-const MAX_BATCH_BYTES = 1024 * 1024
 /** One batch that Redis executes and one that waits for it; more would only make batches smaller. */
 const MAX_IN_FLIGHT = 2
 /** What an event takes in memory beside its JSON, roughly. */
 const EVENT_OVERHEAD_BYTES = 256
 const FIRST_RETRY_PAUSE_MS = 10
 const MAX_RETRY_PAUSE_MS = 1000
+/** Redis has taken nothing for so long: it hangs. */
+const AWAY_AFTER_MS = 1500
 
 const appendScript = new Script('ingest/append.lua')
 
@@ -36,29 +36,6 @@ export interface Origin {
   settle(position: number, refusal?: Refusal): void
   /** Called after each flush that settled some of its events. */
   settled(): void
-}
-
-interface CallBatch {
-  partition: PartitionKeys
-  bytes: number
-  /** One of its events would bring it back, had it been presumed over. */
-  resumes: boolean
-  payloads: string[]
-  origins: Origin[]
-  positions: number[]
-  /** Field, value, field, value … */
-  session: string[]
-}
-
-interface Batch {
-  number: number
-  /** When it was made up, ms epoch. */
-  since: number
-  events: number
-  bytes: number
-  calls: Map<string, CallBatch>
-  /** It is in flight. Once it has been, Redis may have applied it: nothing may be added. */
-  sent: boolean
 }
 
 export interface AppenderOptions {
@@ -92,17 +69,15 @@ class LaneQueue {
     this.producerKey = lane.partitions[0]!.producerPrefix + producer
   }
 
-  push(waiting: Waiting): void {
-    this.queue.push(waiting)
+  push(event: CallEvent, payload: string, origin: Origin, position: number): void {
+    this.queue.push(event, payload, origin, position)
   }
 
   private nextBatch(): Batch {
-    const batch = { number: this.nextNumber++, since: Date.now(), events: 0, bytes: 0, calls: new Map(), sent: false }
-    this.queue.take((waiting) => {
-      const { length } = waiting.payload
-      if (batch.events === MAX_BATCH_EVENTS || (batch.events > 0 && batch.bytes + length > MAX_BATCH_BYTES))
-        return false
-      add(batch, waiting, this.partitions.of(waiting.event.call_sid))
+    const batch = new Batch(this.nextNumber++)
+    this.queue.take(({ event, payload, origin, position }) => {
+      if (!batch.hasRoomFor(payload)) return false
+      batch.add(event, payload, origin, position, this.partitions)
       return true
     })
     this.batches.push(batch)
@@ -116,33 +91,43 @@ class LaneQueue {
 
   flush(): void {
     const canSend = () => !this.failing && !this.appender.isAbandoned && this.inFlight < MAX_IN_FLIGHT
-    for (const batch of this.batches) if (!batch.sent && canSend()) void this.send(batch)
+    for (const batch of this.batches) if (!batch.isSent && canSend()) void this.send(batch)
     while (!this.queue.isEmpty && canSend()) void this.send(this.nextBatch())
   }
 
+  /** Once it has been in flight, Redis may have applied it: what is sent again is exactly what was sent before. */
   private async send(batch: Batch): Promise<void> {
-    batch.sent = true
+    batch.isSent = true
     this.inFlight++
     const started = performance.now()
-    const { keys, args } = this.encode(batch)
+    const { idleTimeoutMs, disconnectGraceMs, confirm } = this.appender.options
+    const knownApplied = this.batches[0]!.number - 1
+    const { keys, args } = batch.encode(
+      this.producerKey,
+      this.lane.wake,
+      knownApplied,
+      idleTimeoutMs,
+      disconnectGraceMs,
+    )
     crashPoint('before-append')
+    let reply: unknown
     try {
-      const [reply] = await Promise.all([
-        appendScript.runLoaded(this.client, keys, args),
-        this.appender.options.confirm?.(this.client),
-      ])
-      crashPoint('after-append')
-      this.failures = 0
-      this.batches.splice(this.batches.indexOf(batch), 1)
-      this.appender.applied(batch, reply as [number, string][], (performance.now() - started) / 1000)
+      ;[reply] = await Promise.all([appendScript.runLoaded(this.client, keys, args), confirm?.(this.client)])
     } catch (error) {
-      batch.sent = false
+      this.inFlight--
+      batch.isSent = false
       if (!this.failing) {
         this.failing = true
         void this.recover(error as Error)
       }
+      return
     }
+    crashPoint('after-append')
     this.inFlight--
+    this.failures = 0
+    this.batches.splice(this.batches.indexOf(batch), 1)
+    // Not within the `try`: an origin that throws is a bug, not an append that failed, and this batch must not be sent again.
+    this.appender.applied(batch, reply as [number, string][], (performance.now() - started) / 1000)
     this.flush()
   }
 
@@ -168,52 +153,10 @@ class LaneQueue {
     this.failing = false
     this.flush()
   }
-
-  /** KEYS and ARGV of append.lua. */
-  private encode(batch: Batch): { keys: string[]; args: (string | number)[] } {
-    const keys = [this.producerKey, this.lane.wake]
-    const callKeys: string[] = []
-    const calls: (string | number)[] = []
-    const partitions = new Map<PartitionKeys, number>()
-    for (const [sid, call] of batch.calls) {
-      let index = partitions.get(call.partition)
-      if (index === undefined) {
-        index = partitions.size + 1
-        partitions.set(call.partition, index)
-        keys.push(call.partition.ready, call.partition.leased, call.partition.open, call.partition.ended)
-      }
-      callKeys.push(call.partition.streamPrefix + sid, call.partition.sessionPrefix + sid)
-      calls.push(sid, index, call.bytes, call.resumes ? 1 : 0, call.payloads.length)
-      for (const payload of call.payloads) calls.push(payload)
-      calls.push(call.session.length)
-      for (const field of call.session) calls.push(field)
-    }
-    for (const key of callKeys) keys.push(key)
-    const applied = this.batches[0]!.number - 1
-    const { idleTimeoutMs, disconnectGraceMs } = this.appender.options
-    const args: (string | number)[] = [batch.number, applied, idleTimeoutMs, disconnectGraceMs, partitions.size]
-    for (const arg of calls) args.push(arg)
-    return { keys, args }
-  }
 }
 
-function add(batch: Batch, { event, payload, origin, position }: Waiting, partition: PartitionKeys): void {
-  let call = batch.calls.get(event.call_sid)
-  if (!call) {
-    call = { partition, bytes: 0, resumes: false, payloads: [], origins: [], positions: [], session: [] }
-    batch.calls.set(event.call_sid, call)
-  }
-  // A UTF-16 unit takes one to three bytes; an estimate is good enough for limits, and cheaper than measuring.
-  const bytes = payload.length
-  call.payloads.push(payload)
-  call.origins.push(origin)
-  call.positions.push(position)
-  call.bytes += bytes
-  if (resumes(event)) call.resumes = true
-  batch.bytes += bytes
-  batch.events++
-  for (const field of sessionFields(event)) call.session.push(field)
-}
+/** What those who hand events over need of it. */
+export type Sender = Pick<Appender, 'append' | 'isFull' | 'isAway'>
 
 export class Appender {
   private readonly lanes: LaneQueue[]
@@ -241,6 +184,11 @@ export class Appender {
     return this.queuedBytes > this.options.maxQueueBytes
   }
 
+  /** What is given to it now would wait, and nobody knows for how long. */
+  get isAway(): boolean {
+    return this.failure !== undefined || this.isFull || this.waitingMs > AWAY_AFTER_MS
+  }
+
   /** For how long the oldest event has been waiting for Redis. */
   get waitingMs(): number {
     const now = Date.now()
@@ -254,9 +202,8 @@ export class Appender {
    */
   append(event: CallEvent, payload: string, origin: Origin, position: number): void {
     const lane = this.lanes.length === 1 ? this.lanes[0]! : this.lanes[this.partitions.of(event.call_sid).partition]!
-    const bytes = payload.length
-    lane.push({ event, payload, origin, position })
-    this.queuedBytes += bytes + EVENT_OVERHEAD_BYTES
+    lane.push(event, payload, origin, position)
+    this.queuedBytes += payload.length + EVENT_OVERHEAD_BYTES
     this.queuedEvents++
     if (!this.flushScheduled) {
       this.flushScheduled = true

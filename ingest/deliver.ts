@@ -7,9 +7,8 @@
  */
 import { randomBytes } from 'node:crypto'
 import type { CallEvent, Refusal } from '../shared/events.js'
-import type { Origin } from './append.js'
+import type { Origin, Sender } from './append.js'
 import type { Spool, SpoolEntry } from './spool.js'
-import { isAway, type Sender } from './spool-replay.js'
 
 /** How long it waits for Redis before it is told to come back. */
 const REDIS_TIMEOUT_MS = 5000
@@ -60,7 +59,7 @@ export class Deliveries {
       this.direct,
       () => this.spoolDirect(spool),
     )
-    if (spool.isBehind || isAway(this.appender)) {
+    if (spool.isBehind || this.appender.isAway) {
       this.spoolDirect(spool)
       delivery.spool(spool)
     } else {

@@ -1,14 +1,13 @@
 import { expect, test } from 'vitest'
 import type { Origin } from './append.js'
-import { FairQueue, type Waiting } from './fair-queue.js'
+import { FairQueue, TURN_CHARS, TURN_EVENTS, type Waiting } from './fair-queue.js'
 
 const origin = (): Origin => ({ settle: () => undefined, settled: () => undefined })
-const waiting = (origin: Origin, sid: string, position: number, chars = 10): Waiting => ({
-  event: { type: 'turn', call_sid: sid, speaker: 'agent', text: '' },
-  payload: 'x'.repeat(chars),
-  origin,
-  position,
-})
+
+function push(queue: FairQueue, origin: Origin, sid: string, position: number, chars = 10): void {
+  const event = { type: 'turn', call_sid: sid, speaker: 'agent', text: '' } as const
+  queue.push(event, 'x'.repeat(chars), origin, position)
+}
 
 /** Takes up to `room` events. */
 function take(queue: FairQueue, room: number): Waiting[] {
@@ -22,35 +21,33 @@ function take(queue: FairQueue, room: number): Waiting[] {
 }
 
 test('who_comes_late_waits_for_one_turn_of_each_other_however_much_they_have', () => {
+  const FLOODS = 16
   const queue = new FairQueue()
-  const floods = Array.from({ length: 16 }, origin)
-  for (const [n, flood] of floods.entries()) for (let i = 0; i < 4096; i++) queue.push(waiting(flood, `flood ${n}`, i))
-  take(queue, 512)
+  for (let n = 0; n < FLOODS; n++) {
+    const flood = origin()
+    for (let i = 0; i < 4 * TURN_EVENTS; i++) push(queue, flood, `flood ${n}`, i)
+  }
+  take(queue, 2 * TURN_EVENTS)
   const late = origin()
-  queue.push(waiting(late, 'late', 0))
-  const next = [...take(queue, 512), ...take(queue, 512)].findIndex(({ origin }) => origin === late)
-  expect(next).toBeGreaterThanOrEqual(0)
-  expect(next).toBeLessThanOrEqual(16 * 32)
+  push(queue, late, 'late', 0)
+  const next = take(queue, 3 * FLOODS * TURN_EVENTS).findIndex(({ origin }) => origin === late)
+  expect(next).toBe(FLOODS * TURN_EVENTS)
 })
 
 test('nobody_is_passed_over_because_the_turns_before_his_fill_a_batch_exactly', () => {
   const queue = new FairQueue()
-  const [first, second, third] = [origin(), origin(), origin()]
-  for (let i = 0; i < 1000; i++) {
-    queue.push(waiting(first, 'first', i))
-    queue.push(waiting(second, 'second', i))
-    queue.push(waiting(third, 'third', i))
-  }
-  const batches = Array.from({ length: 9 }, () => take(queue, 64)).flat()
-  for (const each of [first, second, third]) expect(batches.filter(({ origin }) => origin === each)).toHaveLength(192)
+  const origins = [origin(), origin(), origin()]
+  for (let i = 0; i < 7 * TURN_EVENTS; i++) for (const [n, each] of origins.entries()) push(queue, each, `${n}`, i)
+  const batches = Array.from({ length: 9 }, () => take(queue, 2 * TURN_EVENTS)).flat()
+  for (const each of origins) expect(batches.filter(({ origin }) => origin === each)).toHaveLength(6 * TURN_EVENTS)
 })
 
 test('large_events_make_a_turn_shorter', () => {
   const queue = new FairQueue()
   const [large, small] = [origin(), origin()]
-  for (let i = 0; i < 10; i++) queue.push(waiting(large, 'large', i, 60_000))
-  for (let i = 0; i < 10; i++) queue.push(waiting(small, 'small', i))
-  expect(take(queue, 4).map(({ origin }) => origin === small)).toEqual([false, true, true, true])
+  for (let i = 0; i < 10; i++) push(queue, large, 'large', i, TURN_CHARS / 2)
+  for (let i = 0; i < 10; i++) push(queue, small, 'small', i)
+  expect(take(queue, 5).map(({ origin }) => origin === small)).toEqual([false, false, true, true, true])
 })
 
 test('a_call_keeps_its_order_whoever_brings_its_events', () => {
@@ -65,12 +62,12 @@ test('a_call_keeps_its_order_whoever_brings_its_events', () => {
     return a % below
   }
   while (n < 20_000) {
-    for (let i = random(80); i > 0; i--) {
+    for (let i = random(TURN_EVENTS); i > 0; i--) {
       const call = random(4)
       given[call]!.push(n)
-      queue.push(waiting(origins[random(3)]!, `${call}`, n++))
+      push(queue, origins[random(3)]!, `${call}`, n++)
     }
-    for (const { event, position } of take(queue, random(70))) found[Number(event.call_sid)]!.push(position)
+    for (const { event, position } of take(queue, random(TURN_EVENTS))) found[Number(event.call_sid)]!.push(position)
   }
   for (const { event, position } of take(queue, n)) found[Number(event.call_sid)]!.push(position)
   expect(queue.isEmpty).toBe(true)

@@ -1,6 +1,9 @@
 /**
- * What waits for Redis, in a queue for each origin (a connection, a request, a segment of the spool); they are served in turn, a few events each. So
- * whoever sends much waits for himself, and others wait for one turn of each origin that has something waiting.
+ * What waits for Redis, in a queue for each origin (a connection, a request, a segment of the spool); they are served in turn.
+ * So whoever sends much waits for himself, and others wait for one turn of each origin that has something waiting.
+ *
+ * A turn is long, half a batch, because a batch is the cheaper for Redis the fewer calls it has: with turns of 32 events, an
+ * event costs Redis more than twice as much, and then all wait longer. Half a batch still lets two origins into each.
  *
  * What must hold: the events of one call come out in the order in which they went in, whoever brought them. Therefore a call
  * that has events waiting stays in the queue in which they wait, for all origins, until there is none of it left.
@@ -8,17 +11,24 @@
 import type { CallEvent } from '../shared/events.js'
 import type { Origin } from './append.js'
 
+/** Where a call's events wait, and how many there are. */
+interface WaitingCall {
+  flow: Flow
+  events: number
+}
+
 export interface Waiting {
   event: CallEvent
   /** The event's JSON, as it goes into the stream. */
   payload: string
   origin: Origin
   position: number
+  call: WaitingCall
 }
 
 /** An origin's turn ends after so many events or characters, whichever is first. */
-const TURN_EVENTS = 32
-const TURN_CHARS = 32 * 1024
+export const TURN_EVENTS = 256
+export const TURN_CHARS = 128 * 1024
 
 /** First in, first out; taking from the front of a long array by `shift` would move all that is behind. */
 class Fifo<T> {
@@ -59,20 +69,20 @@ export class FairQueue {
   /** Those that have something waiting, in the order of their turns. */
   private readonly turns = new Fifo<Flow>()
   private readonly flows = new Map<Origin, Flow>()
-  /** Where a call's events wait, and how many there are. */
-  private readonly calls = new Map<string, { flow: Flow; events: number }>()
+  private readonly calls = new Map<string, WaitingCall>()
 
   get isEmpty(): boolean {
     return this.turns.isEmpty
   }
 
-  push(waiting: Waiting): void {
-    const { call_sid: sid } = waiting.event
-    const call = this.calls.get(sid)
-    const flow = call?.flow ?? this.flowOf(waiting.origin)
-    if (call) call.events++
-    else this.calls.set(sid, { flow, events: 1 })
-    flow.waiting.push(waiting)
+  push(event: CallEvent, payload: string, origin: Origin, position: number): void {
+    let call = this.calls.get(event.call_sid)
+    if (!call) {
+      call = { flow: this.flowOf(origin), events: 0 }
+      this.calls.set(event.call_sid, call)
+    }
+    call.events++
+    call.flow.waiting.push({ event, payload, origin, position, call })
   }
 
   private flowOf(origin: Origin): Flow {
@@ -97,16 +107,11 @@ export class FairQueue {
         flow.waiting.shift()
         events++
         chars += next.payload.length
-        this.forget(next.event.call_sid)
+        if (--next.call.events === 0) this.calls.delete(next.event.call_sid)
       }
       this.turns.shift()
       if (flow.waiting.isEmpty) this.flows.delete(flow.origin)
       else this.turns.push(flow)
     }
-  }
-
-  private forget(sid: string): void {
-    const call = this.calls.get(sid)!
-    if (--call.events === 0) this.calls.delete(sid)
   }
 }

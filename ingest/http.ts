@@ -24,6 +24,9 @@ export function problem(status: string, code: string, message: string, headers?:
 export const overloaded = (message: string): Answer =>
   problem('503 Service Unavailable', 'unavailable', message, { 'Retry-After': RETRY_AFTER_SECONDS })
 
+export const notServing = (phase: 'starting' | 'stopping'): Answer =>
+  problem('503 Service Unavailable', phase, `the process is ${phase}`, { 'Retry-After': RETRY_AFTER_SECONDS })
+
 export const badQuery = (message: string): Answer => problem('400 Bad Request', 'invalid_query', message)
 
 interface Rejected {

@@ -5,7 +5,7 @@ import { createHash, timingSafeEqual } from 'node:crypto'
 import { OperatorError } from '../shared/config.js'
 import { Refusal } from '../shared/events.js'
 import { type Answer, overloaded, problem } from './http.js'
-import { CLOSE_GOING_AWAY, CLOSE_REFUSED, type Socket } from './stream.js'
+import { CLOSE_GOING_AWAY, CLOSE_OVERLOADED, CLOSE_REFUSED, type Socket } from './stream.js'
 
 /** What a WebSocket's events are handed to. */
 export interface Connection {
@@ -175,8 +175,7 @@ function addStream(
       }
       const connection = routes.stream(socket, new URLSearchParams(data.query))
       if (connection instanceof Refusal) {
-        const code = connection.code === 'stopping' ? CLOSE_GOING_AWAY : CLOSE_REFUSED
-        ws.end(code, closeReason(connection.message))
+        ws.end(CLOSE_CODES[connection.code] ?? CLOSE_REFUSED, closeReason(connection.message))
         return
       }
       data.connection = connection
@@ -191,6 +190,9 @@ function addStream(
     },
   })
 }
+
+/** Of a Refusal whose client should come again; any other will be refused again. */
+const CLOSE_CODES: Record<string, number> = { stopping: CLOSE_GOING_AWAY, overloaded: CLOSE_OVERLOADED }
 
 /** As much as a close frame takes, without half a character at its end. */
 function closeReason(text: string): string {

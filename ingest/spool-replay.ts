@@ -1,19 +1,13 @@
 /** Hands the events of a segment to the appender, and keeps watch until Redis has them all. */
-import { open } from 'node:fs/promises'
+import { open, rename, rm } from 'node:fs/promises'
+import { join } from 'node:path'
 import { parseEvent, Refusal } from '../shared/events.js'
+import type { Logger } from '../shared/log.js'
 import type { IngestMetrics } from '../shared/metrics.js'
-import type { Appender, Origin } from './append.js'
-import { FILE_MODE, readRecords, type Segment } from './spool-segment.js'
+import type { Origin, Sender } from './append.js'
+import { FILE_MODE, readRecords, type Segment, syncDirectory } from './spool-segment.js'
 
-/** What the spool needs of the appender. */
-export type Sender = Pick<Appender, 'append' | 'isFull' | 'failure' | 'waitingMs'>
-
-/** Redis has taken nothing for so long: it hangs. */
-const AWAY_AFTER_MS = 1500
-
-/** What is given to the appender now would wait, and nobody knows for how long. */
-export const isAway = (sender: Sender): boolean =>
-  sender.failure !== undefined || sender.isFull || sender.waitingMs > AWAY_AFTER_MS
+const REFUSED_FILE = 'refused.ndjson'
 
 /** How much of the spool is in the appender's queue at a time: a few batches, so that live events have room beside it. */
 const WINDOW_EVENTS = 4096
@@ -40,14 +34,14 @@ export class ReplayWindow {
 }
 
 export class SegmentReplay implements Origin {
-  /** Lines that are no records. */
-  damaged = 0
   readonly stored: Promise<void>
   private left = 1 // `handOver` takes it away when it has come to the end
   private position = 0
   private readonly payloads = new Map<number, string>()
   /** A line of JSON for each event that can never be stored. */
   private readonly refused: string[] = []
+  /** Lines that are no records. */
+  private damaged = 0
   private resolve = () => {}
 
   constructor(
@@ -121,13 +115,29 @@ export class SegmentReplay implements Origin {
   }
 
   /**
-   * Puts what was refused at the end of a file, for an operator to look at.
+   * Once all is stored but what Redis refused for good: keeps that in a file for an operator to look at, the segment's own file
+   * too if it is damaged; else that one goes.
    *
-   * @returns how many events that is
-   * @throws the file system's errors
+   * @throws the file system's errors; then the next start finds the segment, and replays it again
    */
-  async keepRefused(path: string): Promise<number> {
-    if (this.refused.length === 0) return 0
+  async retire(directory: string, log: Logger): Promise<void> {
+    const { path } = this.segment
+    if (this.refused.length > 0) {
+      await this.keepRefused(join(directory, REFUSED_FILE))
+      log.error({ events: this.refused.length, file: REFUSED_FILE }, 'events of the spool cannot be stored')
+    }
+    if (this.damaged > 0) {
+      const file = `${path}.damaged`
+      await rename(path, file)
+      const damage = { records: this.damaged, file }
+      log.error(damage, 'records of the spool are damaged and lost: something changed them on the disk')
+    } else {
+      await rm(path, { force: true })
+    }
+    await syncDirectory(directory)
+  }
+
+  private async keepRefused(path: string): Promise<void> {
     const file = await open(path, 'a', FILE_MODE)
     try {
       await file.writeFile(this.refused.join(''))
@@ -135,6 +145,5 @@ export class SegmentReplay implements Origin {
     } finally {
       await file.close()
     }
-    return this.refused.length
   }
 }

@@ -24,9 +24,8 @@ beforeEach(async () => {
 
 /** Takes events as Redis would, when told so. */
 class Store {
-  failure: string | undefined = 'away'
+  isAway = true
   isFull = false
-  waitingMs = 0
   /** Stores what it is given at once; else `settle` does. */
   isPrompt = true
   /** Counted, but not kept. */
@@ -117,7 +116,7 @@ async function leave(...seqs: number[]): Promise<string> {
 }
 
 async function replayed(store = new Store()): Promise<Store> {
-  store.failure = undefined
+  store.isAway = false
   const spool = await open(store)
   await until('all is handed over', () => !spool.isBehind)
   await until('all is stored', async () => (await segments()).length === 0)
@@ -131,7 +130,7 @@ describe('replay', () => {
     expect(new Set(await putTurns(spool, ...Array(50).keys()))).toEqual(new Set(['spooled']))
     expect(store.taken).toEqual([])
     expect((await segments()).length).toBeGreaterThan(5)
-    store.failure = undefined
+    store.isAway = false
     await until('all is handed over', () => !spool.isBehind)
     expect(store.seqs).toEqual([...Array(50).keys()])
     await until('all is stored', async () => (await segments()).length === 0)
@@ -143,7 +142,7 @@ describe('replay', () => {
     store.isPrompt = false
     const spool = await open(store)
     await putTurns(spool, 0, 1, 2)
-    store.failure = undefined
+    store.isAway = false
     await until('all is handed over', () => store.taken.length === 3)
     await spool.close()
     expect(await segments()).toHaveLength(1)
@@ -153,13 +152,13 @@ describe('replay', () => {
   test('does_not_fill_the_queue_of_the_appender', async () => {
     await leave(...Array(10_000).keys())
     const store = new Store()
-    store.failure = undefined
+    store.isAway = false
     store.isPrompt = false
-    store.isFull = true
+    store.isAway = true
     const spool = await open(store)
     await sleep(100)
     expect(store.taken, 'it is full with others’ events').toHaveLength(0)
-    store.isFull = false
+    store.isAway = false
     let before = 0
     await until('no more come', async () => {
       await sleep(100)
@@ -184,7 +183,7 @@ describe('replay', () => {
       const pass = () => store.append(event, '', { settle: () => {}, settled: () => {} }, 0)
       const given: Given = new Given([event], pass)
       all.push(given)
-      if (spool.isBehind || store.failure !== undefined) spool.put(given)
+      if (spool.isBehind || store.isAway) spool.put(given)
       else given.passed()
     }
     let isOver = false
@@ -197,7 +196,7 @@ describe('replay', () => {
       isOver = true
     })
     await until('there is a backlog', () => seq > 3000)
-    store.failure = undefined
+    store.isAway = false
     await until('the way is free', () => !spool.isBehind)
     const then = seq
     await until('it stays free', () => seq > then + 1000)
@@ -247,7 +246,7 @@ describe('replay', () => {
     }
     const before = used()
     const store = new Store()
-    store.failure = undefined
+    store.isAway = false
     store.isForgetful = true
     store.isPrompt = false
     let most = 0
@@ -316,7 +315,7 @@ describe('a directory with', () => {
     await mkdir(join(directory, segmentName(1, 'deadbeef')))
     await leave(7)
     const store = new Store()
-    store.failure = undefined
+    store.isAway = false
     const spool = await open(store)
     await until('the way is free', () => !spool.isBehind)
     expect(store.seqs).toEqual([7])
@@ -341,9 +340,9 @@ describe('a bound', () => {
     let onDisk = 0
     for (const name of await segments()) onDisk += (await stat(join(directory, name))).size
     expect(onDisk).toBeLessThanOrEqual(2000)
-    store.failure = undefined
+    store.isAway = false
     await until('there is room again', () => spool.bytes === 0)
-    store.failure = 'away'
+    store.isAway = true
     expect(await putTurns(spool, 50)).toEqual(['spooled'])
   })
 
@@ -383,7 +382,7 @@ describe('of two owners', () => {
     expect(told).toMatchObject({ fate: 'failed', reason: expect.stringContaining('another process') })
     expect(former.isBehind, 'what Redis can take goes there').toBe(false)
     expect(await putTurns(latter, 10)).toEqual(['spooled'])
-    store.failure = undefined
+    store.isAway = false
     await until('all is handed over', () => !latter.isBehind)
     expect(store.seqs.filter((seq) => seq !== 2)).toEqual([0, 1, 10])
   })
@@ -400,7 +399,7 @@ describe('of two owners', () => {
         if (Math.random() < 0.5) await turnOfTheLoop()
       }
       const store = new Store()
-      store.failure = undefined
+      store.isAway = false
       takenOver.push(store)
       const next = await open(store)
       await until('all have an answer', () => given.every(([, { fate }]) => fate !== undefined))

@@ -12,23 +12,16 @@
  * in the end the replay holds new writes back for a moment (`held`), hands over what the last one wrote, and lets those that
  * wait pass the disk by. When Redis turns slow meanwhile, it lets them write instead.
  */
-import { rename, rm } from 'node:fs/promises'
-import { basename, join, resolve } from 'node:path'
+import { basename, resolve } from 'node:path'
 import { setImmediate as endOfTurn, setTimeout as sleep } from 'node:timers/promises'
 import { OperatorError } from '../shared/config.js'
 import { crashPoint } from '../shared/crash.js'
 import type { Logger } from '../shared/log.js'
 import type { IngestMetrics } from '../shared/metrics.js'
+import type { Sender } from './append.js'
 import { OwnershipLost, SpoolOwner } from './spool-owner.js'
-import { isAway, ReplayWindow, SegmentReplay, type Sender } from './spool-replay.js'
-import {
-  createDirectory,
-  encodeRecords,
-  listSegments,
-  type Segment,
-  segmentPlace,
-  syncDirectory,
-} from './spool-segment.js'
+import { ReplayWindow, SegmentReplay } from './spool-replay.js'
+import { createDirectory, encodeRecords, listSegments, type Segment, segmentPlace } from './spool-segment.js'
 import { SpoolWriter } from './spool-writer.js'
 
 const SEGMENT_BYTES = 8 * 1024 * 1024
@@ -41,7 +34,6 @@ const WINDOW_POLL_MS = 2
 const AWAY_POLL_MS = 50
 /** So many events are handed over in one turn of the event loop: live ones get theirs in between. */
 const YIELD_EVERY = 256
-const REFUSED_FILE = 'refused.ndjson'
 
 /** A request whose events are to be spooled. Each `put` of it is answered by one of the last three. */
 export interface SpoolEntry {
@@ -258,7 +250,7 @@ export class Spool {
   private readonly room = async (): Promise<boolean> => {
     if (++this.asked % YIELD_EVERY === 0) await endOfTurn()
     while (!this.isReplayStopped && this.ended === undefined) {
-      const away = isAway(this.sender)
+      const away = this.sender.isAway
       if (!away && this.window.isOpen) return true
       this.release() // whoever is held back must not wait for Redis
       await sleep(away ? AWAY_POLL_MS : WINDOW_POLL_MS)
@@ -307,21 +299,11 @@ export class Spool {
   /** Redis has all events of the segment, but those it refused for good. */
   private async finish(segment: Segment, replay: SegmentReplay): Promise<void> {
     crashPoint('after-replay')
-    const { path } = segment
     try {
-      const refused = await replay.keepRefused(join(this.options.directory, REFUSED_FILE))
-      if (refused > 0) this.log.error({ events: refused, file: REFUSED_FILE }, 'events of the spool cannot be stored')
-      if (replay.damaged > 0) {
-        await rename(path, `${path}.damaged`)
-        const damage = { records: replay.damaged, file: `${path}.damaged` }
-        this.log.error(damage, 'records of the spool are damaged and lost: something changed them on the disk')
-      } else {
-        await rm(path, { force: true })
-      }
-      await syncDirectory(this.options.directory)
+      await replay.retire(this.options.directory, this.log)
       this.segments.delete(segment)
     } catch (error) {
-      this.failed(error as Error, `a segment of the spool will be replayed again: ${path}`)
+      this.failed(error as Error, `a segment of the spool will be replayed again: ${segment.path}`)
     }
   }
 

@@ -19,8 +19,10 @@ export interface StreamOptions {
 
 export const CLOSE_GOING_AWAY = 1001
 export const CLOSE_REFUSED = 1008
-const CLOSE_OVERLOADED = 1013
+export const CLOSE_OVERLOADED = 1013
 const CLOSE_WINDOW_EXCEEDED = 4008
+
+export const OVERLOADED = 'the stores cannot take more now: reconnect later and resend what was not acked'
 
 export class StreamConnection implements Origin {
   private received = 0
@@ -83,8 +85,7 @@ export class StreamConnection implements Origin {
   }
 
   private closeOverloaded(): void {
-    const reason = 'the stores cannot take more now: reconnect later and resend what was not acked'
-    this.socket.close(CLOSE_OVERLOADED, reason)
+    this.socket.close(CLOSE_OVERLOADED, OVERLOADED)
   }
 
   private get isOverWindow(): boolean {

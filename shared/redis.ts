@@ -71,8 +71,7 @@ export async function connectRedis(url: string, log: Logger): Promise<RedisClien
   } catch (error) {
     client.disconnect()
     if (error instanceof OperatorError) throw error
-    const host = urls.map((u) => new URL(u).host).join(',')
-    throw new OperatorError(`REDIS_URL: no Redis answers at ${host}: ${lastError || (error as Error).message}`)
+    throw new OperatorError(`REDIS_URL: no Redis answers at ${hostsOf(url)}: ${lastError || (error as Error).message}`)
   }
   return client
 }
@@ -114,7 +113,31 @@ export async function warnOfLoss(client: RedisClient, log: Logger): Promise<void
 }
 
 /**
+ * For what a process asks of Redis before it serves: a connection that breaks under it, or a user who may not ask, is for the
+ * operator to mend. (Once it serves, whoever asks tries again.)
+ *
+ * @param url REDIS_URL
+ * @throws OperatorError in place of the connection's errors and of what Redis refuses; anything else, a bug, as it is
+ */
+export async function askAtStart<T>(url: string, ask: () => Promise<T>): Promise<T> {
+  try {
+    return await ask()
+  } catch (error) {
+    if (error instanceof OperatorError || error instanceof TypeError || error instanceof RangeError) throw error
+    const reason = reasonOf(error as Error)
+    throw new OperatorError(`REDIS_URL: Redis at ${hostsOf(url)} cannot be used: ${reason}`, { cause: error })
+  }
+}
+
+const hostsOf = (url: string) =>
+  url
+    .split(',')
+    .map((u) => new URL(u.trim()).host)
+    .join(',')
+
+/**
  * The partition count is fixed at the first start: with another one, half of all calls would be looked for in the wrong place.
+ * Only ingest and sink fix it: a command that merely looks must not decide for an empty Redis, see `readPartitions`.
  *
  * @throws OperatorError when `wanted` differs from what this Redis was started with
  */
@@ -128,6 +151,20 @@ export async function openPartitions(client: RedisClient, wanted: number): Promi
     )
   }
   return new Partitions(found)
+}
+
+/**
+ * Writes nothing.
+ *
+ * @param fallback the count where neither ingest nor sink has ever been started on this Redis
+ * @throws OperatorError when the key is not ours
+ */
+export async function readPartitions(client: RedisClient, fallback: number): Promise<Partitions> {
+  const found = await client.get(PARTITIONS_KEY)
+  if (found === null) return new Partitions(fallback)
+  if (!/^[1-9]\d{0,3}$/.test(found))
+    throw new OperatorError(`key ${PARTITIONS_KEY} of this Redis is no partition count`)
+  return new Partitions(Number(found))
 }
 
 /** Partitions that one script call can touch together: all of them on a single Redis, one each in a Cluster (a slot each). */

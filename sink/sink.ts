@@ -4,7 +4,7 @@ import type { Config } from '../shared/config.js'
 import type { Logger } from '../shared/log.js'
 import { createSinkMetrics } from '../shared/metrics.js'
 import { createPool } from '../shared/postgres.js'
-import { connectRedis, openPartitions, type RedisClient, warnOfLoss } from '../shared/redis.js'
+import { askAtStart, connectRedis, openPartitions, type RedisClient, warnOfLoss } from '../shared/redis.js'
 import { requireReachable, requireSchema } from '../shared/schema.js'
 import { askWritable, Gate } from './gate.js'
 import { serveHealth } from './health.js'
@@ -57,13 +57,15 @@ export async function startSink(config: Config, log: Logger): Promise<Sink> {
     const subscriber = await connect()
     await requireReachable(pool, config.DATABASE_URL)
     await requireSchema(pool)
-    const partitions = await openPartitions(redis, config.PARTITIONS)
-    await warnOfLoss(redis, log)
+    const partitions = await askAtStart(config.REDIS_URL, async () => {
+      await warnOfLoss(redis, log)
+      return openPartitions(redis, config.PARTITIONS)
+    })
     const leases = new Leases(redis, partitions, leaseMs)
     const wake = new Wake(config.PARTITIONS)
     subscriber.on('smessage', (_channel: string, message: string) => wake.add(message.split(',').map(Number)))
     const subscribe = () => Promise.all(leases.wakeChannels.map((channel) => subscriber.ssubscribe(channel)))
-    await subscribe()
+    await askAtStart(config.REDIS_URL, subscribe)
     subscriber.on('ready', () => {
       subscribe().catch(() => undefined) // cut off once more: the next `ready` comes
       wake.all() // what was published while it was away is lost

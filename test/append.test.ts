@@ -181,6 +181,17 @@ test('a_refusal_whose_reply_was_lost_is_said_again', async () => {
   expect(await entriesOf(redis, 'CA2')).toHaveLength(1)
 })
 
+test('what_is_kept_of_refusals_does_not_grow_with_the_batches', async () => {
+  await redis.client.set(streamOf(redis, sid), 'of somebody else')
+  const kept = async () => (await redis.client.hkeys(`${redis.partitions.at(0).producerPrefix}p:refused`)).sort()
+  const batch = (number: number, known: number) => appendBatch(redis, 'p', number, known, [{ sid, events: ['{}'] }])
+  for (let number = 1; number <= 20; number++) await batch(number, Math.max(0, number - 3))
+  expect(await kept()).toEqual(['18', '19', '20'])
+  // Those whose reply may have been lost are said again.
+  for (const number of [18, 19, 20])
+    expect(await batch(number, 17)).toEqual([[1, expect.stringContaining('WRONGTYPE')]])
+})
+
 test('a_refusal_names_what_Redis_said', async () => {
   await redis.client.set(streamOf(redis, sid), 'of somebody else')
   const refusal = await new Producer(redis).put(turn(sid, 0))

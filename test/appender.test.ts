@@ -182,3 +182,55 @@ test('the_queue_is_full_while_Redis_is_away_and_empties_when_it_is_back', async 
   expect(producer.appender.isFull).toBe(false)
   expect(await eventsOf(direct, 'CA1')).toHaveLength(20)
 })
+
+test.each([
+  ['the last append has failed', 1e9, true],
+  ['it hangs', 1e9, false],
+  ['the queue is full', 100, false],
+])('Redis_is_away_while %s', async (_, maxQueueBytes, fails) => {
+  const producer = new Producer(through, { maxQueueBytes })
+  await producer.store(turn('CA1', 0))
+  expect(producer.appender.isAway).toBe(false)
+  relay.holdRequests = true
+  const waiting = producer.put(turn('CA1', 1))
+  await until('the append is on its way', () => relay.holdsRequests)
+  expect(producer.appender.isAway).toBe(producer.appender.isFull)
+  if (fails) relay.cut()
+  await until('it is away', () => producer.appender.isAway)
+  expect(producer.appender.failure !== undefined, 'long before its silence is taken for a failure').toBe(fails)
+  relay.holdRequests = false
+  relay.release()
+  await waiting
+  await until('it is back', () => !producer.appender.isAway)
+})
+
+test('an_origin_that_throws_is_a_bug_and_no_append_that_failed', async () => {
+  const producer = new Producer(direct)
+  await producer.store(turn('CA1', 0)) // Redis knows the script
+  const failures = await producer.failures()
+  const thrown = uncaught()
+  const origin = {
+    settle: () => {
+      throw new Error('a bug')
+    },
+    settled: () => undefined,
+  }
+  const event = turn('CA1', 1)
+  producer.appender.append(event, JSON.stringify(event), origin, 0)
+  expect((await thrown).message).toBe('a bug')
+  expect(await producer.failures()).toBe(failures)
+  await producer.store(turn('CA1', 2))
+  expect(await seqsOf(direct, 'CA1')).toEqual([0, 1, 2])
+})
+
+/** The next error that nobody catches; it would end the process. */
+function uncaught(): Promise<Error> {
+  const usual = process.listeners('unhandledRejection')
+  process.removeAllListeners('unhandledRejection')
+  return new Promise<Error>((resolve) => {
+    process.once('unhandledRejection', (error) => {
+      for (const listener of usual) process.on('unhandledRejection', listener)
+      resolve(error as Error)
+    })
+  })
+}

@@ -1,5 +1,6 @@
 /** What ingest wants to start: addresses, tokens, certificates, and a Redis that can keep what DURABILITY promises. */
 import { spawn, spawnSync } from 'node:child_process'
+import { randomUUID } from 'node:crypto'
 import { once } from 'node:events'
 import { mkdtemp, rm, writeFile } from 'node:fs/promises'
 import { request as httpsRequest } from 'node:https'
@@ -17,6 +18,7 @@ import { OperatorError } from '../shared/config.js'
 import { Partitions } from '../shared/keys.js'
 import { connectRedis } from '../shared/redis.js'
 import { testIngest, Wire } from './support/ingest.js'
+import { Relay } from './support/relay.js'
 import { freshRedis, log, type RedisDatabase, until } from './support/stores.js'
 import { eventsOf, ownRedis, seqsOf, turn } from './support/streams.js'
 
@@ -125,6 +127,24 @@ describe('start', () => {
     expect(message).toContain('PARTITIONS is 16')
     expect(message).toContain('PARTITIONS=8')
     await testIngest({ REDIS_URL: redis.url, PARTITIONS: '8' })
+  })
+
+  test.each(['setnx', 'memory', 'persistence'])('a_connection_that_breaks_at_%s_is_a_clear_error', async (cutAt) => {
+    const relay = await Relay.start(redis.url)
+    onTestFinished(() => relay.stop())
+    relay.onChunk = (chunk) => (chunk.includes(`\r\n${cutAt}\r\n`) ? 'drop' : 'pass')
+    const message = await refusalOf({ REDIS_URL: relay.url })
+    expect(message).toMatch(/^REDIS_URL: Redis at 127\.0\.0\.1:\d+ cannot be used: ./)
+  })
+
+  test('a_Redis_that_refuses_to_write_is_a_clear_error', async () => {
+    const user = `reader-${randomUUID()}`
+    await redis.client.acl('SETUSER', user, 'on', 'nopass', '~*', '+@all', '-@write')
+    onTestFinished(() => void redis.client.acl('DELUSER', user).catch(() => undefined))
+    const url = new URL(redis.url)
+    url.username = user
+    url.password = 'any'
+    expect(await refusalOf({ REDIS_URL: url.href })).toMatch(/cannot be used: NOPERM/)
   })
 
   test('after_a_refusal_nothing_is_left_behind', async () => {

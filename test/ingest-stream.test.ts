@@ -15,6 +15,7 @@ import { Partitions } from '../shared/keys.js'
 import { createIngestMetrics } from '../shared/metrics.js'
 import { connectRedis } from '../shared/redis.js'
 import { testIngest, Wire } from './support/ingest.js'
+import { figure } from './support/metrics.js'
 import { Relay } from './support/relay.js'
 import { freshRedis, log, type RedisDatabase, until } from './support/stores.js'
 import {
@@ -425,6 +426,28 @@ describe('while Redis is frozen', () => {
     expect(stored, 'what was taken, once and in order').toEqual(numbers(stored.length))
     expect(stored.length, '1 MiB of 16 KB, and the one that was too much').toBeGreaterThan(60)
     expect(stored.length).toBeLessThan(70)
+  })
+})
+
+describe('a full queue', () => {
+  test('does_not_grow_by_bound_connections_that_come_back', async () => {
+    const { ingest, relay } = await relayed({ MAX_QUEUE_BYTES: String(1024 * 1024) })
+    const queued = () => figure(ingest.url, 'calltape_ingest_queued_events')
+    relay.holdRequests = true
+    const flood = await Wire.open(ingest)
+    flood.send(numbers(80).map((seq) => turn('CA1', seq, 'x'.repeat(12_000))))
+    flood.send(numbers(10, 80).map((seq) => turn('CA1', seq, 'x'.repeat(12_000))))
+    expect(await flood.untilClosed()).toMatchObject({ code: 1013 })
+    const full = await queued()
+    for (let i = 0; i < 200; i++) {
+      const wire = await Wire.open(ingest, '?call_sid=CA1')
+      expect(await wire.untilClosed()).toMatchObject({ code: 1013, reason: expect.stringContaining('reconnect later') })
+      expect(wire.messages).toEqual([])
+    }
+    expect(await queued()).toBe(full)
+    relay.release()
+    await until('what was taken is stored', async () => (await queued()) === 0)
+    expect((await Wire.open(ingest, '?call_sid=CA1')).hello).toBeDefined()
   })
 })
 

@@ -160,7 +160,7 @@ test('suspects_stay_where_they_are_while_another_worker_tries_one', async () => 
 test('calls_behind_very_many_suspects_are_found', async () => {
   const calls = callsIn(redis.partitions, 3, 250)
   await producer.store(...calls.map((sid) => turn(sid, 0)))
-  const inOrder = await redis.client.zrange(redis.partitions.at(3).ready, 0, -1)
+  const inOrder = await redis.client.zrange(redis.partitions.at(3).ready, '0', '-1')
   for (const sid of inOrder.slice(0, -1)) await redis.client.hset(sessionOf(redis, sid), 'lapses', 9)
   const { leases: taken } = await leases.lease([3], LIMITS)
   expect(taken.map((lease) => lease.callSid)).toContain(inOrder.at(-1))

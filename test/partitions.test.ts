@@ -1,9 +1,10 @@
-/** openPartitions: the count is fixed at the first start. */
-import { afterEach, beforeEach, expect, test } from 'vitest'
+/** The partition count: fixed at the first start of ingest or sink, and only read by everybody else. */
+import { afterEach, beforeEach, expect, onTestFinished, test } from 'vitest'
 import { OperatorError } from '../shared/config.js'
-import { PARTITIONS_KEY } from '../shared/keys.js'
-import { openPartitions } from '../shared/redis.js'
-import { freshRedis, type RedisDatabase } from './support/stores.js'
+import { PARTITIONS_KEY, Partitions } from '../shared/keys.js'
+import { openPartitions, readPartitions } from '../shared/redis.js'
+import { calltape } from './support/program.js'
+import { freshDatabase, freshRedis, type RedisDatabase } from './support/stores.js'
 
 let redis: RedisDatabase
 beforeEach(async () => {
@@ -35,4 +36,28 @@ test('of_processes_that_start_at_once_with_different_counts_one_count_wins', asy
 test('a_count_that_is_no_number_is_refused', async () => {
   await redis.client.set(PARTITIONS_KEY, 'many')
   await expect(openPartitions(redis.client, 16)).rejects.toThrow(/PARTITIONS/)
+})
+
+test('who_only_looks_fixes_nothing', async () => {
+  expect((await readPartitions(redis.client, 16)).all).toHaveLength(16)
+  expect(await redis.client.dbsize()).toBe(0)
+  await openPartitions(redis.client, 32)
+  expect((await readPartitions(redis.client, 16)).all, 'as Redis has it').toHaveLength(32)
+  await redis.client.set(PARTITIONS_KEY, 'many')
+  await expect(readPartitions(redis.client, 16)).rejects.toThrow(OperatorError)
+})
+
+test('show_and_verify_leave_an_empty_Redis_empty', async () => {
+  const database = await freshDatabase()
+  onTestFinished(() => database.drop())
+  const environment = { REDIS_URL: redis.url, DATABASE_URL: database.url, PARTITIONS: '16' }
+  for (const args of [
+    ['show', 'CA1'],
+    ['verify', '--call', 'CA1'],
+  ]) {
+    const { code, err } = await calltape(args, environment)
+    expect(code, err).toBe(2)
+    expect(err).toContain(`${new Partitions(16).of('CA1').streamPrefix}CA1`)
+  }
+  expect(await redis.client.dbsize()).toBe(0)
 })

@@ -1,0 +1,92 @@
+/** What ingest answers on each of its routes, whatever serves them. */
+import type { Config } from '../shared/config.js'
+import { parseEvent, Refusal } from '../shared/events.js'
+import type { Partitions } from '../shared/keys.js'
+import type { IngestMetrics } from '../shared/metrics.js'
+import type { RedisClient } from '../shared/redis.js'
+import type { Appender } from './append.js'
+import { listOpenCalls, readLiveCall } from './calls.js'
+import type { Deliveries } from './deliver.js'
+import { type Answer, badQuery, notServing, postEvents, problem } from './http.js'
+import type { Connection, Routes } from './server.js'
+import { OVERLOADED, type Socket, StreamConnection } from './stream.js'
+
+/** Events that wait for Redis for longer make the process unready, so that a balancer sends producers elsewhere. */
+const UNREADY_AFTER_MS = 5000
+
+export interface IngestParts {
+  config: Config
+  redis: RedisClient
+  partitions: Partitions
+  appender: Appender
+  deliveries: Deliveries
+  metrics: IngestMetrics
+}
+
+export class IngestRoutes implements Routes {
+  phase: 'starting' | 'serving' | 'stopping' = 'starting'
+
+  constructor(private readonly parts: IngestParts) {}
+
+  stream(socket: Socket, query: URLSearchParams): Connection | Refusal {
+    const { config, appender, metrics } = this.parts
+    const boundTo = query.get('call_sid') ?? undefined
+    if (boundTo !== undefined) {
+      const check = parseEvent({ type: 'call.ended', call_sid: boundTo })
+      if (check instanceof Refusal) return check
+    }
+    if (this.phase === 'stopping') return new Refusal('stopping', 'the process is stopping')
+    // Before it is greeted: a bound connection is an event, its end another one, and who is turned away comes back for more.
+    if (appender.isFull) return new Refusal('overloaded', OVERLOADED)
+    metrics.connections.inc()
+    const options = { window: config.WINDOW, maxMessageBytes: config.MAX_MESSAGE_BYTES }
+    const connection = new StreamConnection(socket, boundTo, appender, options, metrics)
+    return {
+      opened: () => connection.opened(),
+      accept: (text) => {
+        // What is not taken is not acked: its producer sends it to whoever comes next.
+        if (this.phase !== 'stopping') connection.accept(text)
+      },
+      closed: (code) => {
+        metrics.connections.dec()
+        connection.closed(code)
+      },
+    }
+  }
+
+  async postEvents(contentType: string, query: URLSearchParams, body: Buffer): Promise<Answer> {
+    if (this.phase !== 'serving') return notServing(this.phase)
+    return postEvents(contentType, query, body, this.parts.deliveries, this.parts.metrics)
+  }
+
+  async listCalls(query: URLSearchParams): Promise<Answer> {
+    const limit = Number(query.get('limit') ?? 100)
+    if ((query.get('state') ?? 'active') !== 'active') return badQuery('state wants active')
+    if (!Number.isInteger(limit) || limit < 1 || limit > 1000) return badQuery('limit wants an integer from 1 to 1000')
+    const page = await listOpenCalls(this.parts.redis, this.parts.partitions, query.get('cursor') ?? '', limit)
+    return page ? { status: '200 OK', body: page } : badQuery('cursor wants what `next` of the page before was')
+  }
+
+  async getCall(callSid: string): Promise<Answer> {
+    const call = await readLiveCall(this.parts.redis, this.parts.partitions, callSid)
+    return call ? { status: '200 OK', body: call } : problem('404 Not Found', 'unknown_call', 'Redis has no such call')
+  }
+
+  async metrics(): Promise<Answer> {
+    this.parts.appender.observe()
+    this.parts.deliveries.spool?.observe()
+    const { registry } = this.parts.metrics
+    return { status: '200 OK', headers: { 'Content-Type': registry.contentType }, body: await registry.metrics() }
+  }
+
+  ready(): Answer {
+    const { redis, appender } = this.parts
+    if (this.phase !== 'serving') return notServing(this.phase)
+    if (redis.status !== 'ready') return problem('503 Service Unavailable', 'redis', `Redis: ${redis.status}`)
+    if (appender.waitingMs > UNREADY_AFTER_MS) {
+      const why = appender.failure ?? 'it does not answer'
+      return problem('503 Service Unavailable', 'no_progress', `Redis stores nothing: ${why}`)
+    }
+    return { status: '200 OK', body: { status: 'ready' } }
+  }
+}
