@@ -2,8 +2,8 @@
  * What waits for Redis, in a queue for each origin (a connection, a request, a segment of the spool); they are served in turn.
  * So whoever sends much waits for himself, and others wait for one turn of each origin that has something waiting.
  *
- * A turn is long, half a batch, because a batch is the cheaper for Redis the fewer calls it has: with turns of 32 events, an
- * event costs Redis more than twice as much, and then all wait longer. Half a batch still lets two origins into each.
+ * A turn is long, a batch, because a batch is the cheaper the fewer calls it has. Measured at full speed over 50 connections,
+ * against one queue for all: turns of 512 events cost 10 % more CPU in all processes together, 256 20 %, 32 60 %.
  *
  * What must hold: the events of one call come out in the order in which they went in, whoever brought them. Therefore a call
  * that has events waiting stays in the queue in which they wait, for all origins, until there is none of it left.
@@ -27,8 +27,8 @@ export interface Waiting {
 }
 
 /** An origin's turn ends after so many events or characters, whichever is first. */
-export const TURN_EVENTS = 256
-export const TURN_CHARS = 128 * 1024
+export const TURN_EVENTS = 512
+export const TURN_CHARS = 256 * 1024
 
 /** First in, first out; taking from the front of a long array by `shift` would move all that is behind. */
 class Fifo<T> {
