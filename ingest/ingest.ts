@@ -1,4 +1,5 @@
 /** The ingest process: accept → parse → append → ack. */
+import { setTimeout as sleep } from 'node:timers/promises'
 import { type Config, OperatorError } from '../shared/config.js'
 import type { Partitions } from '../shared/keys.js'
 import type { Logger } from '../shared/log.js'
@@ -20,6 +21,7 @@ export interface Ingest {
 
 /** What Redis has not taken by then when ingest stops is given up: no producer was told that it is stored. */
 const STOP_TIMEOUT_MS = 5000
+const SPOOL_CLOSE_TIMEOUT_MS = 2000
 const LOOPBACK = new Set(['127.0.0.1', '::1', 'localhost'])
 
 /** @throws OperatorError when the configuration does not allow to start, or Redis cannot be used */
@@ -50,16 +52,18 @@ export async function startIngest(config: Config, log: Logger): Promise<Ingest> 
         routes.phase = 'stopping'
         server.stopListening()
         deliveries.spool?.stopReplay()
+        const deadline = Date.now() + STOP_TIMEOUT_MS
         const stored = await appender.drain(STOP_TIMEOUT_MS)
         server.closeConnections()
         // Closing bound connections records that they closed.
-        if (!stored || !(await appender.drain(STOP_TIMEOUT_MS))) {
+        if (!stored || !(await appender.drain(deadline - Date.now()))) {
           log.error(
             { err: appender.failure ?? 'no answer' },
             'ingest stops although Redis has not stored all it was given',
           )
         }
-        await deliveries.spool?.close()
+        // A disk that hangs would be waited for in vain; what is on it is there at the next start.
+        await Promise.race([deliveries.spool?.close(), sleep(SPOOL_CLOSE_TIMEOUT_MS, undefined, { ref: false })])
         appender.abandon()
         redis.disconnect()
         log.info('ingest stopped')

@@ -101,10 +101,13 @@ local function look_into(p)
 end
 
 for p = 1, #KEYS / 3 do look_into(p) end
-if chosen and may_take_suspect then
-  lease(unpack(chosen))
+if chosen and may_take_suspect and lease(unpack(chosen)) then
+  local told = {}
   for _, suspect in ipairs(suspects) do
-    if suspect ~= chosen then more[#more + 1] = suspect[1] end
+    if suspect ~= chosen and not told[suspect[1]] then
+      told[suspect[1]] = true
+      more[#more + 1] = suspect[1]
+    end
   end
 end
 return { deadline, leases, more, gone }

@@ -104,6 +104,7 @@ export async function startSink(config: Config, log: Logger): Promise<Sink> {
     return {
       url,
       async stop() {
+        const late = () => sleep(DISCONNECT_TIMEOUT_MS, undefined, { ref: false })
         stopped.abort()
         for (const worker of workers) worker.stop()
         wake.ring()
@@ -112,10 +113,11 @@ export async function startSink(config: Config, log: Logger): Promise<Sink> {
         server.close()
         server.closeAllConnections()
         if (!isFinished) {
-          log.error('a batch in hand does not come to its end; it is not settled, so another sink takes it over')
+          log.error('a batch in hand does not come to its end; it is given back, so another sink takes it over')
+          await Promise.race([Promise.all(workers.map((worker) => worker.giveUp())), late()])
         }
         // A connection that hangs would be waited for in vain.
-        await Promise.race([disconnect(), sleep(DISCONNECT_TIMEOUT_MS, undefined, { ref: false })])
+        await Promise.race([disconnect(), late()])
         log.info('sink stopped')
       },
     }

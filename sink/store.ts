@@ -44,6 +44,9 @@ export interface StoreContext {
 }
 
 export class Store {
+  /** A suspect is being tried entry by entry: what is stored of it says nothing of others. */
+  private isAlone = false
+
   constructor(private readonly context: StoreContext) {}
 
   /**
@@ -57,7 +60,8 @@ export class Store {
   async store(leases: Lease[], hold: Hold): Promise<Settlement[]> {
     const [only] = leases
     if (only && leases.length === 1 && only.lapses >= this.context.maxDeliveries) {
-      return [await this.storeOneByOne(only, hold)]
+      this.isAlone = true
+      return [await this.storeOneByOne(only, hold).finally(() => (this.isAlone = false))]
     }
     const batch = emptyBatch(new EncodedTurns())
     try {
@@ -141,18 +145,25 @@ export class Store {
     try {
       return await this.storeEntries(lease, [entry])
     } catch (error) {
-      // If nothing else can be stored either, it is hardly this entry's fault.
-      const { maxDeliveries, progress } = this.context
-      if (!(error instanceof NotStored && progress.storedSinceFailure)) throw error
-      // A connection that was cut may have hit an innocent entry once; not again and again.
-      const most = error.verdict === 'unclear' ? maxDeliveries : maxDeliveries * PATIENCE
-      if (lease.lapses < most) throw error
+      if (!(error instanceof NotStored && this.isAtFault(lease, entry, error.verdict))) throw error
       return this.quarantine(lease, entry, `fails: ${error.message}`)
     }
   }
 
+  /**
+   * If nothing else can be stored either, it is hardly this entry's fault: so others must have been stored between two
+   * failures of this very entry, tried alone.
+   */
+  private isAtFault(lease: Lease, [id]: Entry, verdict: Verdict): boolean {
+    const { maxDeliveries, progress } = this.context
+    const isOnceMore = progress.failedAloneBefore(lease.callSid, id) && progress.storedSinceFailure
+    // A connection that was cut may have hit an innocent entry; not again and again.
+    return isOnceMore && lease.lapses >= (verdict === 'unclear' ? maxDeliveries : maxDeliveries * PATIENCE)
+  }
+
   private async isStored({ callSid }: Lease, [id]: Entry): Promise<boolean> {
-    return isStored(this.context.pool, callSid, id).catch((error: Error) => {
+    const { pool, writeTimeoutMs } = this.context
+    return isStored(pool, callSid, id, writeTimeoutMs).catch((error: Error) => {
       throw new NotStored(error)
     })
   }
@@ -181,7 +192,7 @@ export class Store {
       throw new NotStored(error)
     })
     crashPoint('after-commit')
-    if (batch.turns.length > 0 && batch.calls.length > 0) progress.storedSinceFailure = true
+    if (!this.isAlone && batch.turns.length > 0 && batch.calls.length > 0) progress.storedSinceFailure = true
     metrics.writeSeconds.observe((performance.now() - started) / 1000)
     metrics.latencySeconds.observe(Math.max(0, Date.now() - batch.oldestMs) / 1000)
     metrics.batchRows.observe(batch.turns.length + batch.events.length)

@@ -33,6 +33,7 @@ export interface WorkerContext extends StoreContext {
 export class Worker {
   private stopping = false
   private failures = 0
+  private hold: Hold | undefined
   private readonly store: Store
 
   constructor(private readonly context: WorkerContext) {
@@ -42,6 +43,11 @@ export class Worker {
   /** Finishes the batch in hand; `run` then returns. The caller rings the bell, for the worker may be asleep. */
   stop(): void {
     this.stopping = true
+  }
+
+  /** Gives back what a batch holds that does not come to its end: then another sink need not wait, nor suspect it. */
+  async giveUp(): Promise<void> {
+    await this.hold?.end()
   }
 
   async run(): Promise<void> {
@@ -75,6 +81,7 @@ export class Worker {
     }
     if (taken.length === 0) return
     const hold = new Hold(leases, taken, limits.leaseMs, log)
+    this.hold = hold
     try {
       // What came to nothing again and again goes last and alone: it may take its sink with it once more.
       const alone = taken.filter(isSuspect).map((lease) => [lease])
@@ -91,9 +98,11 @@ export class Worker {
   }
 
   private async lease(mayTakeSuspect: boolean): Promise<Lease[]> {
-    const { leases, wake, limits, log, metrics, progress } = this.context
+    const { leases, wake, gate, limits, log, metrics, progress } = this.context
     crashPoint('before-lease')
-    const { leases: taken, more, gone } = await leases.lease(wake.take(), limits, mayTakeSuspect)
+    // When nothing could be stored for so long, one call shows as well as 500 whether that has changed.
+    const calls = gate.vainOpenings >= MOST_VAIN_OPENINGS ? 1 : limits.calls
+    const { leases: taken, more, gone } = await leases.lease(wake.take(), { ...limits, calls }, mayTakeSuspect)
     crashPoint('after-lease')
     wake.add(more)
     progress.succeeded('Redis')

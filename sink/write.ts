@@ -174,13 +174,14 @@ async function stageTurns(client: PoolClient, rows: EncodedTurns) {
 }
 
 /** Whether an entry's row is there already, whatever is in the entry. */
-export async function isStored(pool: Pool, callSid: string, streamId: string): Promise<boolean> {
-  const { rows } = await pool.query(
-    `SELECT FROM call_transcript_turns WHERE call_sid = $1 AND stream_id = $2
-     UNION ALL SELECT FROM call_events WHERE call_sid = $1 AND stream_id = $2`,
-    [callSid, streamId],
-  )
-  return rows.length > 0
+export async function isStored(pool: Pool, callSid: string, streamId: string, timeoutMs: number): Promise<boolean> {
+  const question = {
+    text: `SELECT FROM call_transcript_turns WHERE call_sid = $1 AND stream_id = $2
+           UNION ALL SELECT FROM call_events WHERE call_sid = $1 AND stream_id = $2`,
+    values: [callSid, streamId],
+    query_timeout: timeoutMs + SILENCE_MS,
+  }
+  return (await pool.query(question)).rows.length > 0
 }
 
 /** Through `pipeline`: it is the one way in which an error in the middle leaves both stream and connection usable. */

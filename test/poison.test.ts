@@ -171,6 +171,20 @@ describe.concurrent('what cannot be told apart at first', () => {
     await calls.stack.end()
   }, 60_000)
 
+  test('an_entry_that_fails_once_when_it_is_tried_alone_is_innocent', async () => {
+    const calls = await Calls.start({ MAX_DELIVERIES: '1' })
+    await calls.query('CREATE SEQUENCE tries')
+    await atTurns(calls, `IF nextval('tries') = 1 THEN ${internalError}; END IF`)
+    const sid = newSid()
+    await calls.storeSettled(turn('sound', 0)) // so it is not all of them that fail
+    await calls.stack.redis.client.hset(sessionOf(calls.stack.redis, sid), 'lapses', 9)
+    await calls.storeSettled(turn(sid, 0, 'odd'))
+    expect(await calls.quarantined(sid)).toEqual([])
+    expect(await seqsOf(calls, sid)).toEqual([0])
+    expect(await calls.metric('retries_total')).toBe(1)
+    await calls.stack.end()
+  })
+
   test('slow_calls_occupy_one_worker_and_not_all_of_them', async () => {
     const calls = await Calls.start({ MAX_DELIVERIES: '20', DATABASE_TIMEOUT: '3' })
     const slow = seqs(4).map(newSid)
