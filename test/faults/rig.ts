@@ -5,14 +5,14 @@ import { join } from 'node:path'
 import { expect, type TestContext } from 'vitest'
 import type { Environment } from '../../shared/config.js'
 import { Partitions } from '../../shared/keys.js'
-import { createPool, type Pool } from '../../shared/postgres.js'
+import type { Pool } from '../../shared/postgres.js'
 import { connectRedis, type RedisClient } from '../../shared/redis.js'
 import { migrate } from '../../shared/schema.js'
 import type { KillableStore } from '../support/killable-stores.js'
 import { figure } from '../support/metrics.js'
 import { lastingPort, Service } from '../support/processes.js'
 import { Relay } from '../support/relay.js'
-import { freshDatabase, freshRedis, log, until } from '../support/stores.js'
+import { freshDatabase, freshRedis, log, patientPool, until } from '../support/stores.js'
 
 export interface RigPlan {
   /** Of which test: it prints the logs when that fails, and ends with it. */
@@ -121,7 +121,7 @@ async function openStores(plan: RigPlan, ends: (() => Promise<unknown>)[]): Prom
   }
   const { url } = plan.postgres
   await migrate(url)
-  const pool = createPool(url, 'test', 4)
+  const pool = patientPool(url, 'test', 4)
   ends.push(() => pool.end())
   return { ...stores, databaseUrl: url, pool }
 }

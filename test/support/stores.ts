@@ -73,14 +73,21 @@ export interface Database {
   drop(): Promise<void>
 }
 
+/** Suites that keep a small machine busy must not fail for it. */
+export function patientPool(url: string, name: string, max: number): Pool {
+  const pool = createPool(url, name, max)
+  pool.options.connectionTimeoutMillis = 30_000
+  return pool
+}
+
 /** @param migrated false for an empty database */
 export async function freshDatabase(migrated = true): Promise<Database> {
-  const admin = createPool(inject('databaseUrl'), 'test-admin', 1)
+  const admin = patientPool(inject('databaseUrl'), 'test-admin', 1)
   const name = `calltape_test_${randomBytes(6).toString('hex')}`
   await admin.query(`CREATE DATABASE ${name} ${migrated ? `TEMPLATE ${TEMPLATE_DATABASE}` : ''}`)
   const url = new URL(inject('databaseUrl'))
   url.pathname = `/${name}`
-  const pool = createPool(url.href, 'test', 4)
+  const pool = patientPool(url.href, 'test', 4)
   return {
     url: url.href,
     pool,
