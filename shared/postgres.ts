@@ -23,7 +23,7 @@ export function createPool(
     connectionString: url,
     max,
     application_name: `calltape-${name}`,
-    connectionTimeoutMillis: 5000,
+    connectionTimeoutMillis: 10_000,
     keepAlive: true,
     options: all.map(([name, value]) => `-c ${name}=${value}`).join(' '),
   })

@@ -5,7 +5,7 @@ import { Load } from './load.js'
 import { disturb, newChance } from './random.js'
 import { expectNoUnexplainedDeaths, type Rig, type RigPlan, settled, startRig, TIMEOUT_MS } from './rig.js'
 
-vi.setConfig({ maxConcurrency: 8 }) // they wait for timeouts most of the time
+vi.setConfig({ maxConcurrency: 5 }) // they wait for timeouts most of the time
 
 const WAYS: {
   way: string

@@ -8,7 +8,7 @@ import { log, until } from '../support/stores.js'
 import { Load } from './load.js'
 import { type Rig, settled, startRig, TIMEOUT_MS } from './rig.js'
 
-vi.setConfig({ maxConcurrency: 8 }) // they wait for timeouts most of the time
+vi.setConfig({ maxConcurrency: 4 }) // more processes that start at once would keep a small machine from all else
 
 /** Those of the disk spool have a suite of their own. */
 const POINTS = CRASH_POINTS.filter((point) => !/spool|replay/.test(point))
