@@ -20,22 +20,20 @@ const seqsOf = async (calls: Calls, sid: string) => (await calls.turns(sid)).map
 const quarantined = async (calls: Calls, sid: string) =>
   (await calls.quarantined(sid)).map(({ reason, raw }) => [reason, JSON.parse(JSON.parse(String(raw))[1]).seq])
 
+/** Dies of every entry that contains `odd`, and is started again. */
+function mortalSink({ stack }: Calls, folder: string): Service {
+  const stores = { REDIS_URL: stack.redis.url, DATABASE_URL: stack.database.url, SINK_METRICS_PORT: '0' }
+  const environment = { ...stores, LEASE_SECONDS: '1', MAX_DELIVERIES: '2', CRASH_AT: 'decode@odd' }
+  return new Service({ name: 'sink', logFile: join(folder, 'sink.log'), staysArmed: true, environment })
+}
+
 test('an_entry_that_kills_every_sink_is_quarantined_and_stops_nobody', async () => {
   const calls = await Calls.start({ LEASE_SECONDS: '1', MAX_DELIVERIES: '2' }, 0)
   const folder = await mkdtemp(join(tmpdir(), 'calltape-test-poison-'))
   const [sick, neighbours] = [newSid(), seqs(30).map(newSid)]
   const load = [...seqs(6), 6].map((seq) => turn(sick, seq, seq === 2 || seq === 4 ? 'odd' : 'fine'))
   await calls.producer.store(...load, ended(sick, 7), ...neighbours.flatMap((sid) => [turn(sid, 0), ended(sid, 1)]))
-  const { redis, database } = calls.stack
-  const sink = new Service({
-    name: 'sink',
-    logFile: join(folder, 'sink.log'),
-    staysArmed: true,
-    environment: {
-      ...{ REDIS_URL: redis.url, DATABASE_URL: database.url, SINK_METRICS_PORT: '0' },
-      ...{ LEASE_SECONDS: '1', MAX_DELIVERIES: '2', CRASH_AT: 'decode@odd' },
-    },
-  })
+  const sink = mortalSink(calls, folder)
   try {
     const complete = async () =>
       Number((await calls.query('SELECT count(*) FROM call_sessions WHERE complete'))[0]!.count)
@@ -64,18 +62,9 @@ test('an_entry_that_kills_every_sink_is_quarantined_and_stops_nobody', async () 
 test('a_poison_entry_deep_in_a_backlog_costs_no_more_sinks', async () => {
   const calls = await Calls.start({}, 0)
   const folder = await mkdtemp(join(tmpdir(), 'calltape-test-poison-'))
-  const { redis, database } = calls.stack
   const sid = newSid()
   await calls.producer.store(...seqs(170).map((seq) => turn(sid, seq, seq === 160 ? 'odd' : 'fine')))
-  const sink = new Service({
-    name: 'sink',
-    logFile: join(folder, 'sink.log'),
-    staysArmed: true,
-    environment: {
-      ...{ REDIS_URL: redis.url, DATABASE_URL: database.url, SINK_METRICS_PORT: '0' },
-      ...{ LEASE_SECONDS: '1', MAX_DELIVERIES: '2', CRASH_AT: 'decode@odd' },
-    },
-  })
+  const sink = mortalSink(calls, folder)
   try {
     await calls.settled(sid, 30_000)
     expect((await calls.turns(sid)).length).toBe(169)
