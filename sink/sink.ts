@@ -28,7 +28,7 @@ const TEND_MOST_CALLS = 500
 const LEASE_MOST_CALLS = 500
 /** How often PostgreSQL is searched for live calls that Redis has forgotten. */
 const STRAYS_MS = 60_000
-/** One or two deliveries that came to nothing may be anybody's fault: a sink that was killed, a network that was cut. */
+/** One delivery that came to nothing may be anybody's fault: a sink that was killed, a network that was cut. */
 const SUSPECT_LAPSES = 2
 /** For the batches in hand, when the sink is to stop. */
 const STOP_TIMEOUT_MS = 7000

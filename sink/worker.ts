@@ -61,7 +61,11 @@ export class Worker {
       } catch (error) {
         progress.failed('Redis', error as Error)
         metrics.retries.inc({ class: 'redis' })
-        log.warn({ err: error, failures: this.failures + 1 }, 'no batch could be taken from Redis, will retry')
+        // Not the error itself: one of Redis carries its whole command.
+        log.warn(
+          { err: (error as Error).stack, failures: this.failures + 1 },
+          'no batch could be taken from Redis, will retry',
+        )
         await this.pause()
       }
     }
