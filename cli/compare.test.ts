@@ -64,7 +64,10 @@ describe('what is expected of a call', () => {
 
   test('without call.ended, is that it was disconnected and nothing proves it complete', () => {
     const { session } = expectedCall('c', SENT.slice(0, -1))
-    expect(session).toMatchObject({ end_reason: 'disconnected', outcome: null, expected_turns: null, complete: null })
+    const lost = { end_reason: 'disconnected', expected_turns: null, complete: null }
+    expect(session).toMatchObject({ ...lost, outcome: 'disconnected' })
+    const silent = SENT.filter((event) => event.type === 'turn' && event.speaker === 'bot')
+    expect(expectedCall('c', silent).session).toMatchObject({ ...lost, outcome: 'no_answer' })
   })
 })
 

@@ -82,7 +82,10 @@ const SESSION_COLUMNS = [
   ...['collected_data', 'objections_encountered', 'turn_count', 'expected_turns', 'complete'],
 ]
 
-/** What PostgreSQL must have of a call in the end. Without call.ended among `events`, its connection was lost. */
+/**
+ * What PostgreSQL must have of a call in the end. Without call.ended among `events`, its connection was lost; one that has it,
+ * has its outcome there.
+ */
 export function expectedCall(callSid: string, events: Iterable<SentEvent>): ExpectedCall {
   const turns = new Map<number, TurnRow>()
   const said: Record<string, unknown> = { end_reason: 'disconnected', status: 'completed' }
@@ -103,6 +106,8 @@ export function expectedCall(callSid: string, events: Iterable<SentEvent>): Expe
       if (count !== undefined) said.complete = true
     }
   }
+  const customerSpoke = [...turns.values()].some(({ speaker, text }) => speaker === 'customer' && text.trim() !== '')
+  said.outcome ??= said.end_reason === 'disconnected' ? (customerSpoke ? 'disconnected' : 'no_answer') : null
   said.turn_count = turns.size
   return { callSid, turns, session: Object.fromEntries(SESSION_COLUMNS.map((name) => [name, said[name] ?? null])) }
 }

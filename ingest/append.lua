@@ -13,10 +13,11 @@
 --       then for each call: call_sid
 --                           index of its partition among those above, from 1
 --                           bytes of its events
---                           1 if one of them brings the call back, should it have been presumed over, else 0
+--                           1 if they bring the call back, should it have been presumed over (before, or by one of them), else 0
 --                           number of events, then each event's JSON
 --                           number of session fields and values, then field, value, field, value … (`ended`: it is over;
---                           `connected`, `disconnected`: which bound connection of the call opened or closed)
+--                           `presumed`: why it is presumed over; `connected`, `disconnected`: which bound connection
+--                           of the call opened or closed)
 -- Reply  the calls that could not be appended to, as {index of the call from 1, error}; empty when all is well.
 --        'GAP' when an earlier batch of this producer is missing: send that one first.
 --
@@ -68,6 +69,11 @@ local function set_session(session, first, count)
       -- The end of an older connection may be noticed long after the call has come back on a new one.
       local latest = redis.call('HGET', session, 'connection_id')
       if not latest or latest == value then redis.call('HSET', session, 'connection', field) end
+    elseif field == 'presumed' then
+      -- As reap.lua has it. An end that somebody said stays.
+      if redis.call('HGET', session, 'ended') ~= '1' then
+        redis.call('HSET', session, 'ended', 'presumed', 'presumed', '1', 'reason', value)
+      end
     elseif field ~= 'status' or END_STATUS[value] or not END_STATUS[redis.call('HGET', session, 'status')] then
       -- The session keeps an end status once it has one, whatever order callbacks arrive in.
       redis.call('HSET', session, field, value)

@@ -1,5 +1,5 @@
 /** A batch: what goes to Redis in one call of append.lua, call by call. */
-import { type CallEvent, resumes } from '../shared/events.js'
+import { type CallEvent, isPresumedEnd, resumes } from '../shared/events.js'
 import type { PartitionKeys, Partitions } from '../shared/keys.js'
 import type { Origin } from './append.js'
 import { sessionFields } from './session.js'
@@ -10,7 +10,7 @@ const MAX_BYTES = 1024 * 1024
 interface CallEvents {
   partition: PartitionKeys
   bytes: number
-  /** One of its events would bring it back, had it been presumed over. */
+  /** It goes on, had it been presumed over before or here: with an event that is not followed by another such end. */
   resumes: boolean
   payloads: string[]
   origins: Origin[]
@@ -55,6 +55,7 @@ export class Batch {
     call.positions.push(position)
     call.bytes += bytes
     if (resumes(event)) call.resumes = true
+    else if (isPresumedEnd(event)) call.resumes = false
     this.bytes += bytes
     this.events++
     for (const field of sessionFields(event)) call.session.push(field)

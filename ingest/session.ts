@@ -1,5 +1,5 @@
 /** What the live session hash shows of a call: what its producers said last. append.lua keeps an end status once it has one. */
-import type { CallEvent } from '../shared/events.js'
+import { type CallEvent, isPresumedEnd } from '../shared/events.js'
 
 /** @returns field, value, field, value … as append.lua wants them; empty for a turn */
 export function sessionFields(event: CallEvent): string[] {
@@ -13,6 +13,7 @@ export function sessionFields(event: CallEvent): string[] {
     case 'call.data':
       return given(event, ['stage'])
     case 'call.ended':
+      if (isPresumedEnd(event)) return ['presumed', event.reason ?? '']
       return [...given(event, ['reason', 'outcome', 'turn_count', 'duration_seconds', 'recording_url']), 'ended', '1']
     case 'call.connected':
     case 'call.disconnected':

@@ -28,10 +28,11 @@ export const END_STATUSES: ReadonlySet<string> = new Set(['completed', 'busy', '
 export const OWN_SOURCE = 'calltape'
 
 /**
- * Why a call is presumed over although nobody said so. It is live again when it goes on: with a turn, or a new connection.
+ * Why a call is presumed over although nobody said so: it fell silent; its connection was lost; what its bot kept of it has expired.
+ * It is live again when it goes on: with a turn, or a new connection.
  * (What follows an end status, or only adds to the call, such as its recording's URL, does not bring it back.)
  */
-export const PRESUMED_REASONS: ReadonlySet<string> = new Set(['abandoned', 'disconnected'])
+export const PRESUMED_REASONS: ReadonlySet<string> = new Set(['abandoned', 'disconnected', 'expired'])
 
 /** Does this event bring back a call that was presumed over? */
 export function resumes({ type }: CallEvent): boolean {
@@ -256,6 +257,12 @@ function rules(fields: Record<string, FieldRule>): TypeRules {
   return { fields: all, required: [...all].filter(([, rule]) => rule.required).map(([name]) => name) }
 }
 
+/** @returns epoch milliseconds of an RFC 3339 time with its zone; undefined when it is none */
+export function parseTime(given: unknown): number | undefined {
+  const ms = typeof given === 'string' ? time.check(given) : WRONG
+  return ms === WRONG ? undefined : (ms as number)
+}
+
 const PUBLIC_TYPES = new Map<string, TypeRules>([
   [
     'turn',
@@ -275,6 +282,9 @@ const PUBLIC_TYPES = new Map<string, TypeRules>([
   ['call.data', rules({ data: object, stage: string(128), objections: strings })],
   ['call.ended', rules({ reason: string(1024), outcome: string(128), turn_count: integer(MAX_INT4), ...ending })],
 ])
+/** What `type` may be. */
+export const EVENT_TYPES: readonly string[] = [...PUBLIC_TYPES.keys()]
+
 const connectionFields = { connection: string(128), reason: string(1024) }
 const ALL_TYPES = new Map<string, TypeRules>([
   ...PUBLIC_TYPES,
@@ -289,7 +299,7 @@ export interface Parsed {
 }
 
 /** A value as an error message shows it: short, and never by stringifying what may be huge or deep. */
-function show(value: unknown): string {
+export function show(value: unknown): string {
   if (value === null) return 'null'
   if (Array.isArray(value)) return 'an array'
   if (typeof value === 'object') return 'an object'
@@ -305,7 +315,7 @@ const MAX_UNDERSCORES = 16
  *
  * @returns false if none of these names is free
  */
-function keepInMeta(meta: JsonObject, name: string, value: unknown): boolean {
+export function keepInMeta(meta: JsonObject, name: string, value: unknown): boolean {
   let free = name
   while (Object.hasOwn(meta, free)) {
     if (free.length === name.length + MAX_UNDERSCORES) return false
@@ -332,8 +342,7 @@ export function parseEvent(given: unknown, bound?: string, internal = false): Pa
   const types = internal ? ALL_TYPES : PUBLIC_TYPES
   const typeRules = typeof source.type === 'string' ? types.get(source.type) : undefined
   if (!typeRules) {
-    const wants = [...PUBLIC_TYPES.keys()].join(', ')
-    return new Refusal('unknown_type', `type wants one of ${wants}; got ${show(source.type)}`, 'type')
+    return new Refusal('unknown_type', `type wants one of ${EVENT_TYPES.join(', ')}; got ${show(source.type)}`, 'type')
   }
   const event: JsonObject = {}
   let extras: string[] | undefined

@@ -36,6 +36,9 @@ WITH batch AS (
       array_agg(event->'data'       ORDER BY n) FILTER (WHERE event ? 'data')       AS data,
       array_agg(event->'objections' ORDER BY n) FILTER (WHERE event ? 'objections') AS objections,
       array_agg(event->'meta'       ORDER BY n) FILTER (WHERE event ? 'meta')       AS metas,
+      -- Null, both, unless `seq` numbers more than turns: see migrations/0003_outcome_and_sequences.sql.
+      array_agg(event #> '{meta,sequence}') FILTER (WHERE event->'meta' ? 'sequence') AS marks,
+      sequences_of(array_agg(event #> '{meta,sequence}') FILTER (WHERE event->'meta' ? 'sequence')) AS sequences,
       min(occurred_at) FILTER (WHERE NOT own) AS first_event_at,
       max(occurred_at) FILTER (WHERE NOT own) AS last_event_at,
       min(occurred_at) FILTER (WHERE status = 'in-progress') AS answered_at,
@@ -51,7 +54,8 @@ WITH batch AS (
         event->>'status' AS status,
         event->>'status' IN ('completed', 'busy', 'failed', 'no-answer', 'canceled') AS is_end,
         event->>'source' IS NOT DISTINCT FROM 'calltape' AS own,
-        type = 'call.ended' AND event @> '{"source": "calltape"}' AND event->>'reason' IN ('abandoned', 'disconnected') AS presumed
+        type = 'call.ended' AND event @> '{"source": "calltape"}'
+          AND event->>'reason' IN ('abandoned', 'disconnected', 'expired') AS presumed
       FROM call_events WHERE call_sid = b.call_sid
     ) numbered
   ) e
@@ -61,9 +65,14 @@ WITH batch AS (
       jsonb_agg(jsonb_build_object('seq', seq, 'speaker', speaker, 'text', text, 'timestamp', spoken_at)
                 ORDER BY place NULLS FIRST, seq NULLS LAST, n) AS full_transcript,
       count(*)::int AS turn_count, count(seq) AS numbered, count(DISTINCT seq) AS distinct_seqs, max(seq) AS last_seq,
-      min(spoken_at) AS first_turn_at, max(spoken_at) AS last_turn_at, max(stream_place) AS last_turn_place
+      min(spoken_at) AS first_turn_at, max(spoken_at) AS last_turn_at, max(stream_place) AS last_turn_place,
+      bool_or(speaker = 'agent' AND said) AS agent_spoke, bool_or(speaker NOT IN ('agent', 'system') AND said) AS customer_spoke
     FROM (
-      SELECT seq, speaker, text, spoken_at, coalesce(seq, max(seq) OVER spoken) AS place, row_number() OVER spoken AS n,
+      SELECT seq, speaker, text, spoken_at, row_number() OVER spoken AS n,
+        -- By time alone where numbers start over.
+        CASE WHEN sequences > 1 THEN row_number() OVER spoken ELSE coalesce(seq, max(seq) OVER spoken) END AS place,
+        -- More than white space. Nearly all texts are told by their first byte, which costs far less than trimming them.
+        text >= '!' COLLATE "C" OR btrim(text, E' \t\n\r') <> '' AS said,
         -- Only where it is asked for: casts cost.
         CASE WHEN presumed_place IS NOT NULL THEN string_to_array(stream_id, '-')::numeric[] END AS stream_place
       FROM call_transcript_turns
@@ -80,7 +89,12 @@ INSERT INTO call_sessions AS s (
 SELECT
   call_sid, provider, direction, from_number, to_number,
   coalesce(end_status, CASE WHEN final THEN 'completed' END, status),
-  outcome, initiated_at, answered_at,
+  -- (Only who was answered has `completed` said of him.)
+  CASE WHEN final THEN call_outcome(
+    outcome, coalesce(end_status, 'completed'), end_reason,
+    answered_at IS NOT NULL OR end_status = 'completed', agent_spoke, customer_spoke
+  ) ELSE outcome END,
+  initiated_at, answered_at,
   CASE WHEN final THEN presumed_over_at ELSE over_at END,
   coalesce(duration_seconds, CASE WHEN final THEN
     least(round(extract(epoch FROM greatest(presumed_over_at - coalesce(answered_at, initiated_at), '0'))), 2147483647)::int END),
@@ -95,8 +109,11 @@ SELECT
   CASE WHEN final THEN turn_count END, expected_turns,
   CASE WHEN NOT final THEN NULL
        -- Every turn is numbered, and a number up to the last one is missing: a gap. Fewer than the producer sent: a gap, too.
-       WHEN turn_count < expected_turns OR (numbered = turn_count AND distinct_seqs <= last_seq) THEN false
+       WHEN turn_count < expected_turns OR (sequences IS NULL AND numbered = turn_count AND distinct_seqs <= last_seq) THEN false
        WHEN turn_count = expected_turns THEN true
+       -- Its turns are read once more here, rather than their ids being carried along for every call.
+       WHEN sequences = 1 THEN sequence_is_whole(
+         marks, ARRAY(SELECT turn_id FROM call_transcript_turns o WHERE o.call_sid = timed.call_sid))
   END,
   CASE WHEN final THEN end_reason END,
   (SELECT jsonb_object_agg(key, value ORDER BY n) FROM unnest(metas) WITH ORDINALITY AS m(object, n), jsonb_each(object)),

@@ -142,6 +142,64 @@ test('the_end_of_an_older_connection_that_is_noticed_late_does_not_disconnect_th
   expect(await state()).toBe('disconnected')
 })
 
+/** Why calltape presumes a call over is told by whoever looks at what its bot keeps of it. */
+const expired: CallEvent = { type: 'call.ended', call_sid: sid, source: 'calltape', reason: 'expired' }
+const connected: CallEvent = { type: 'call.connected', call_sid: sid, connection: 'c' }
+const hangup: CallEvent = { type: 'call.ended', call_sid: sid, reason: 'hangup' }
+const endOf = (call: string) => redis.client.hmget(sessionOf(redis, call), 'ended', 'presumed', 'reason')
+
+test('a_call_that_is_presumed_over_by_its_producer_is_so_in_the_session_until_it_goes_on', async () => {
+  const producer = new Producer(redis)
+  await producer.store(turn(sid, 0))
+  await producer.store(expired)
+  expect(await endOf(sid)).toEqual(['presumed', '1', 'expired']) // as reap.lua has it
+  expect(Object.keys(await placesOf(redis, sid))).toEqual(['ready'])
+  await producer.store({ type: 'call.data', call_sid: sid, stage: 'late' })
+  expect(await endOf(sid)).toEqual(['presumed', '1', 'expired'])
+  await producer.store(turn(sid, 1))
+  expect(await endOf(sid)).toEqual([null, '1', null])
+  expect(Object.keys(await placesOf(redis, sid))).toEqual(['ready', 'open'])
+})
+
+test.each<[string, 'over' | 'live', CallEvent[]]>([
+  ['a turn, the end', 'over', [turn(sid, 0), expired]],
+  ['the end, a turn', 'live', [expired, turn(sid, 0)]],
+  ['a connection, the end', 'over', [connected, expired]],
+  ['the end, a connection', 'live', [expired, connected]],
+  ['a turn, the end, a turn', 'live', [turn(sid, 0), expired, turn(sid, 1)]],
+  ['the end, a turn, the end', 'over', [expired, turn(sid, 0), expired]],
+])('within_one_batch_what_came_last_says_whether_a_call_is_presumed_over: %s', async (_what, state, events) => {
+  for (const before of [[], [turn(sid, 7)], [turn(sid, 7), expired]]) {
+    await redis.client.flushdb()
+    const producer = new Producer(redis)
+    for (const event of before) await producer.store(event)
+    await producer.store(...events)
+    const [ended] = await endOf(sid)
+    const places = Object.keys(await placesOf(redis, sid))
+    const expected =
+      state === 'over' ? { ended: 'presumed', places: ['ready'] } : { ended: null, places: ['ready', 'open'] }
+    expect({ ended, places }, `behind ${before.length} events`).toEqual(expected)
+  }
+})
+
+test.each([false, true])(
+  'an_end_that_somebody_said_is_not_presumed_afterwards (in one batch: %s)',
+  async (together) => {
+    for (const events of [
+      [hangup, expired, turn(sid, 0)],
+      [expired, hangup, turn(sid, 0)],
+    ]) {
+      await redis.client.flushdb()
+      const producer = new Producer(redis)
+      if (together) await producer.store(...events)
+      else for (const event of events) await producer.store(event)
+      const [ended, , reason] = await endOf(sid)
+      expect({ ended, reason }).toEqual({ ended: '1', reason: 'hangup' })
+      expect(Object.keys(await placesOf(redis, sid))).toEqual(['ready'])
+    }
+  },
+)
+
 test.each(['stream', 'session'] as const)('a_key_of_another_type_refuses_only_its_own_call: the %s', async (which) => {
   const sids = callsIn(redis.partitions, 7, 3)
   const [before, foreign, behind] = sids as [string, string, string]

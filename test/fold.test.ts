@@ -3,7 +3,7 @@ import { once } from 'node:events'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { afterAll, afterEach, beforeAll, describe, expect, test } from 'vitest'
 import { WebSocket } from 'ws'
-import type { Turn } from '../shared/events.js'
+import type { CallEvent, Turn } from '../shared/events.js'
 import { Partitions } from '../shared/keys.js'
 import { readPackageFile } from '../shared/package-root.js'
 import { EncodedTurns } from '../sink/copy.js'
@@ -11,6 +11,7 @@ import { decodeCall, type Entry, emptyBatch } from '../sink/decode.js'
 import { writeBatch } from '../sink/write.js'
 import type { Said } from './support/arbitrary-calls.js'
 import { type Database, freshDatabase, startTestStack, type TestStack, until } from './support/stores.js'
+import { Producer } from './support/streams.js'
 
 type Row = Record<string, unknown>
 
@@ -349,6 +350,110 @@ describe('complete', () => {
   })
 })
 
+/** What a provider says of its transcription, all of whose messages it numbers. */
+const marked = (seconds: number, sequence: object): Said => ({ type: 'call.data', ts: at(seconds), meta: { sequence } })
+const begins = (of: string, dense = true) => marked(0, { of, at: 1, starts: true, dense })
+const ends = (seconds: number, of: string, n: number) => marked(seconds, { of, at: n, ends: true })
+const transcribed = (seconds: number, of: string, n: number) => turn(seconds, `${of}${n}`, { id: `${of}-${n}`, seq: n })
+
+describe('sequences', () => {
+  const cases: [claim: string, events: Said[], end: Parameters<typeof ended>[1], complete: boolean | null][] = [
+    ['whole', [begins('S'), transcribed(2, 'S', 2), transcribed(3, 'S', 3), ends(4, 'S', 4)], {}, true],
+    ['a_number_missing', [begins('S'), transcribed(3, 'S', 3), ends(4, 'S', 4)], {}, false],
+    ['not_dense', [begins('S', false), transcribed(3, 'S', 3), ends(4, 'S', 4)], {}, null],
+    ['its_end_unknown', [begins('S'), transcribed(3, 'S', 3)], {}, null],
+    ['a_turn_of_another_origin', [begins('S'), ends(4, 'S', 2), turn(1, 'of the bot')], {}, null],
+    ['two_of_them', [begins('S'), ends(4, 'S', 2), begins('T'), transcribed(5, 'T', 2), ends(6, 'T', 3)], {}, null],
+    ['turn_count_decides_first', [begins('S'), transcribed(3, 'S', 3), ends(4, 'S', 4)], { turn_count: 1 }, true],
+    ['turn_count_decides_first', [begins('S'), transcribed(2, 'S', 2), ends(4, 'S', 3)], { turn_count: 2 }, false],
+  ]
+  test.each(cases)('make_gaps_between_turns_no_gaps: %s', async (_claim, events, end, complete) => {
+    expect(await rowOf(...events, ended(9, end))).toMatchObject({ complete })
+  })
+
+  test('a_late_number_makes_it_whole', async () => {
+    const call = await new Call().store(ends(4, 'S', 4), transcribed(3, 'S', 3), begins('S'), ended(9))
+    expect(await call.row()).toMatchObject({ complete: false })
+    await call.store(transcribed(2, 'S', 2))
+    expect(await call.row()).toMatchObject({ complete: true, turn_count: 2 })
+  })
+
+  test('one_alone_is_in_order_of_its_numbers_and_several_in_order_of_time', async () => {
+    const first = [begins('S'), transcribed(6, 'S', 2), transcribed(5, 'S', 3)]
+    expect(texts(await rowOf(...first, ended(9)))).toEqual(['S2', 'S3'])
+    const again = [begins('T'), transcribed(7, 'T', 2), transcribed(8, 'T', 3), turn(5.5, 'unnumbered')]
+    expect(texts(await rowOf(...again, ...first, ended(9)))).toEqual(['S3', 'unnumbered', 'S2', 'T2', 'T3'])
+  })
+
+  test.each<[string, unknown]>(
+    [1, 'of', null, true, [], [{ of: 'S' }], {}, { of: 1 }, { of: null, at: 1 }, { at: 1, starts: true }].map(
+      (garbage) => [JSON.stringify(garbage), garbage],
+    ),
+  )('what_reads_otherwise_in_meta_is_nobody_s_sequence: %s', async (_json, sequence) => {
+    expect(await rowOf(marked(1, sequence as object), turn(1, 'a', { seq: 1 }), ended(9))).toMatchObject({
+      complete: false,
+    })
+  })
+})
+
+describe('outcome', () => {
+  const answer: Said = { type: 'call.status', status: 'in-progress', ts: at(0) }
+  const status = (status: 'completed' | 'busy' | 'failed' | 'canceled'): Said => ({
+    type: 'call.status',
+    status,
+    ts: at(8),
+  })
+  const hello = turn(1, 'Hello?')
+  const reply = turn(2, 'Yes?', { speaker: 'customer' })
+  const cases: [claim: string, events: Said[], outcome: string | null][] = [
+    ["the_bot's_verdict_wins", [hello, status('failed'), ended(9, { outcome: 'sold' })], 'sold'],
+    ['busy', [status('busy'), ended(9)], 'no_answer'],
+    ['failed', [hello, reply, status('failed'), ended(9)], 'error'],
+    ['the_reason_tells', [hello, reply, ended(9, { reason: 'pipeline-error-x' })], 'error'],
+    ['nobody_was_heard', [answer, hello, ended(9)], 'no_answer'],
+    [
+      'nobody_was_heard_though_there_is_a_turn',
+      [hello, turn(2, ' \t\r\n', { speaker: 'customer' }), ended(9)],
+      'no_answer',
+    ],
+    ['a_noise_is_nobody', [hello, turn(2, '(noise)', { speaker: 'system' }), ended(9)], 'no_answer'],
+    ['anybody_else_is_a_customer', [hello, turn(2, '  Da', { speaker: 'Frau Müller' }), ended(9)], null],
+    ['a_call_that_nobody_took', [{ type: 'call.started', ts: at(0) }, ended(9)], 'no_answer'],
+    ['a_call_without_a_transcript', [answer, ended(9)], null],
+    ['a_call_without_a_transcript_that_was_completed', [status('completed'), ended(9)], null],
+    ['lost_before_anybody_was_heard', [answer, hello, presumed('disconnected')], 'no_answer'],
+    ['lost_mid_way', [hello, reply, presumed('disconnected')], 'disconnected'],
+    ['silent_mid_way', [hello, reply, presumed('abandoned')], 'disconnected'],
+    ['expired', [hello, reply, presumed('expired')], null],
+    ['expired_before_anybody_was_heard', [hello, presumed('expired')], 'no_answer'],
+    ['the_usual_end', [answer, hello, reply, status('completed'), ended(9, { reason: 'hangup' })], null],
+  ]
+  test.each(cases)('%s', async (_claim, events, outcome) => {
+    expect(await rowOf(...events)).toMatchObject({ outcome, finalized_at: expect.any(Date) })
+  })
+
+  test("of_a_live_call_is_only_the_bot's_verdict", async () => {
+    expect((await rowOf(hello, status('busy'))).outcome).toBe(null)
+    expect((await rowOf(hello, presumed(), reply)).outcome).toBe(null)
+    const call = await new Call().store(
+      hello,
+      ended(3, { source: 'calltape', reason: 'abandoned', outcome: 'sold' }),
+      reply,
+    )
+    expect(await call.row()).toMatchObject({ outcome: 'sold', finalized_at: null })
+  })
+
+  test('is_judged_again_when_something_comes_late', async () => {
+    const call = await new Call().store(hello, ended(9))
+    const seen = [(await call.row()).outcome]
+    for (const late of [reply, status('failed'), ended(9.5, { outcome: 'callback' })]) {
+      await call.store(late)
+      seen.push((await call.row()).outcome)
+    }
+    expect(seen).toEqual(['no_answer', null, 'error', 'callback'])
+  })
+})
+
 describe('columns', () => {
   test('whatever_comes_first_makes_the_row', async () => {
     const first: Said[] = [
@@ -483,8 +588,13 @@ describe('columns', () => {
       clock += 10_000 // a live row is this old at most
       await call.store(next)
       expect(await call.row()).toMatchObject(live)
-      await call.store(presumed('disconnected'))
-      expect(await call.row()).toMatchObject({ end_reason: 'disconnected', finalized_at: expect.any(Date) })
+      for (const reason of ['disconnected', 'expired']) {
+        await call.store(presumed(reason))
+        expect(await call.row()).toMatchObject({ end_reason: reason, finalized_at: expect.any(Date) })
+        clock += 10_000
+        await call.store({ ...next, id: reason, ts: at(9) })
+        expect(await call.row()).toMatchObject(live)
+      }
       expect(await rowOf(turn(1, 'a'), presumed(), next)).toMatchObject(live) // in one batch, too
     }
   })
@@ -733,6 +843,19 @@ describe('calls_that_nobody_ends', () => {
     socket.send('{"type":"call.ended","reason":"hangup"}')
     await until('the real end counts', async () => (await sessionOf('idle'))?.end_reason === 'hangup')
     socket.terminate()
+  })
+
+  test('a_call_whose_producer_presumes_it_over_is_finalized_and_live_again_when_it_goes_on', async () => {
+    stack = await startTestStack()
+    const producer = new Producer(stack.redis)
+    const said = (text: string): CallEvent => ({ type: 'turn', call_sid: 'bot', speaker: 'agent', text })
+    const expired: CallEvent = { type: 'call.ended', call_sid: 'bot', source: 'calltape', reason: 'expired' }
+    await producer.store(said('a'), expired)
+    expect(await finalized('bot')).toMatchObject({ end_reason: 'expired', outcome: 'no_answer', turn_count: 1 })
+    await producer.store(expired, said('b'))
+    await until('it is live', async () => (await sessionOf('bot'))?.finalized_at === null)
+    await producer.store(said('c'), expired)
+    expect(await finalized('bot')).toMatchObject({ end_reason: 'expired', turn_count: 3 })
   })
 
   test('a_call_with_an_end_status_is_finalized_with_it_when_no_call_ended_follows', async () => {

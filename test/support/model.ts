@@ -85,6 +85,19 @@ function isComplete(turns: Turn[], expected: number | undefined): boolean | null
   return turns.length === expected ? true : null
 }
 
+/** What became of a call that is over. Of the words that a reason may have, only those that are said of arbitrary calls. */
+function outcomeOf(verdict: string | null, status: string, reason: string | null, answered: boolean, turns: Turn[]) {
+  const spoke = (who: (speaker: string) => boolean) =>
+    turns.some(({ speaker, text }) => who(speaker) && text.trim() !== '')
+  const customerSpoke = spoke((speaker) => speaker !== 'agent' && speaker !== 'system')
+  if (verdict) return verdict
+  if (status === 'failed') return 'error'
+  if (status === 'busy' || status === 'no-answer') return 'no_answer'
+  if (status === 'canceled') return customerSpoke ? 'disconnected' : 'no_answer'
+  if (!customerSpoke && (spoke((speaker) => speaker === 'agent') || !answered)) return 'no_answer'
+  return reason === 'abandoned' || reason === 'disconnected' ? 'disconnected' : null
+}
+
 /** The call's row, without what is derived from when it was written. */
 export function expectedRow(entries: Heard[]): Record<string, unknown> {
   const turns = expectedTurns(entries)
@@ -127,13 +140,15 @@ export function expectedRow(entries: Heard[]): Record<string, unknown> {
   const reasons = [...ends.filter(isOwn), ...ends.filter((end) => !isOwn(end))].map(
     ({ event }) => (event as AnyEvent).reason,
   )
+  const reason = reasons.filter((said) => said !== undefined).at(-1) ?? null
+  const wasAnswered = answered !== undefined || (endStatuses[0]?.event as AnyEvent)?.status === 'completed'
   return {
     provider: first('provider'),
     direction: first('direction'),
     from_number: first('from'),
     to_number: first('to'),
     status,
-    outcome: last('outcome'),
+    outcome: final ? outcomeOf(last('outcome'), status, reason, wasAnswered, inOrder) : last('outcome'),
     answered_at: atTime(answered),
     ended_at: atTime(final ? over : saidOver),
     duration_seconds: last('duration_seconds') ?? computed,
@@ -152,7 +167,7 @@ export function expectedRow(entries: Heard[]): Record<string, unknown> {
     turn_count: final ? turns.length : null,
     expected_turns: last('turn_count'),
     complete: final ? isComplete(inOrder, last('turn_count') ?? undefined) : null,
-    end_reason: final ? (reasons.filter((reason) => reason !== undefined).at(-1) ?? null) : null,
+    end_reason: final ? reason : null,
     meta: merged(said('meta')),
     finalized: final,
   }
