@@ -12,7 +12,7 @@ import { migrate } from '../shared/schema.js'
 import { drain } from './drain.js'
 import { endToEnd } from './end-to-end.js'
 import { openCalls } from './open-calls.js'
-import type { Bench, Result } from './scenario.js'
+import { type Bench, databaseOf, type Result } from './scenario.js'
 
 const options = new Command('bench')
   .description('measure calltape: end to end, latency, backlog drain against plain COPY, many open calls')
@@ -34,8 +34,8 @@ async function main(): Promise<void> {
   const postgres = await startPostgres({ dataDir: join(folder, 'postgres'), settings, say })
   const results: Result[] = []
   try {
-    await migrate(postgres.url)
     const bench: Bench = { ...options, redis, postgres, folder, say }
+    await migrate(databaseOf(bench))
     const wanted = (name: string) => options.only === undefined || options.only === name
     if (wanted('end-to-end')) results.push(...(await endToEnd(bench)))
     if (wanted('drain')) results.push(...(await drain(bench)))

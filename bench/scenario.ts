@@ -28,10 +28,12 @@ export interface Result {
 
 const CONNECTIONS = 50
 
+export const databaseOf = ({ postgres }: Bench) => ({ DATABASE_URL: postgres.url, DATABASE_SCHEMA: 'public' })
+
 export function start(bench: Bench, name: 'ingest' | 'sink'): Promise<Service> {
   const environment = {
     REDIS_URL: bench.redis.url,
-    DATABASE_URL: bench.postgres.url,
+    ...databaseOf(bench),
     INGEST_PORT: '0',
     SINK_METRICS_PORT: '0',
     LOG_LEVEL: 'warn',
@@ -39,7 +41,7 @@ export function start(bench: Bench, name: 'ingest' | 'sink'): Promise<Service> {
   return startService(name, bench.folder, environment, bench.say)
 }
 
-export const openPool = (bench: Bench): Pool => createPool(bench.postgres.url, 'bench', 2)
+export const openPool = (bench: Bench): Pool => createPool(databaseOf(bench), 'bench', 2)
 
 export interface Load {
   run: Run

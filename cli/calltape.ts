@@ -76,7 +76,7 @@ program
   .description("bring the database to this version's schema; safe to run again")
   .action(async () => {
     const { migrate } = await import('../shared/schema.js')
-    const done = await migrate(readConfig().DATABASE_URL, console.error)
+    const done = await migrate(readConfig(), console.error)
     console.log(done.length === 0 ? 'the schema is up to date' : `migrated: ${done.join(', ')}`)
   })
 

@@ -107,7 +107,7 @@ async function removeFolder(folder: string): Promise<void> {
 /** @returns whether everything is as it should be */
 async function playAndCheck(stack: Stack, options: DemoOptions, view: LiveView, signal: AbortSignal): Promise<boolean> {
   const token = readConfig().INGEST_TOKENS[0]
-  const pool = createPool(stack.databaseUrl, 'demo', 3)
+  const pool = createPool(stack.database, 'demo', 3)
   // An idle connection was lost. If that matters, the next query says so.
   pool.on('error', (error) => view.say(`PostgreSQL: ${error.message}`))
   try {

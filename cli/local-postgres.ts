@@ -168,7 +168,8 @@ async function dropForeignLock(lock: string): Promise<void> {
 
 /** Creates the database `calltape` if absent; returns why the server does not take connections yet, if so. */
 async function createDatabase(port: number, dataDir: string): Promise<string | undefined> {
-  const pool = createPool(`postgres://calltape:calltape@127.0.0.1:${port}/postgres`, 'start', 1)
+  const DATABASE_URL = `postgres://calltape:calltape@127.0.0.1:${port}/postgres`
+  const pool = createPool({ DATABASE_URL, DATABASE_SCHEMA: 'public' }, 'start', 1)
   try {
     const { rows } = await pool.query<{ data_directory: string }>('SHOW data_directory')
     if (rows[0]?.data_directory !== dataDir) return `another PostgreSQL answers on port ${port}`

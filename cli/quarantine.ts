@@ -1,11 +1,12 @@
 /** `calltape quarantine`: what could not be stored, and why; trying it again, giving it up. */
-import { givenEnvironment, OperatorError, readConfig } from '../shared/config.js'
+import { type Config, givenEnvironment, OperatorError, readConfig } from '../shared/config.js'
 import { type CallPlace, parseStreamKey } from '../shared/keys.js'
 import { createLog } from '../shared/log.js'
 import { createPool, type Pool } from '../shared/postgres.js'
 import { connectRedis } from '../shared/redis.js'
 import { requireReachable, requireSchema } from '../shared/schema.js'
 import { entryMs } from '../sink/decode.js'
+import { Legacy } from '../sink/legacy.js'
 import { table } from './live-view.js'
 import {
   type Choice,
@@ -17,6 +18,7 @@ import {
   type Retried,
   readFields,
   retryQuarantined,
+  WRITE_TIMEOUT_MS,
 } from './quarantined-entries.js'
 import { runningStack } from './stack.js'
 
@@ -110,7 +112,11 @@ export async function retry(ids: string[], options: ChoiceOptions): Promise<void
     await redis.zadd(partition.ended, 'NX', Date.now(), callSid)
   }
   try {
-    await withPool(options, RETRY_SETTINGS, (pool) => retryQuarantined(pool, choice, { entry, finalized }))
+    await withPool(options, RETRY_SETTINGS, async (pool) => {
+      const legacy = await openLegacy(pool, config)
+      await retryQuarantined(pool, choice, { entry, finalized }, legacy)
+      await untilFilled(legacy, pool)
+    })
   } finally {
     redis.disconnect()
   }
@@ -131,6 +137,26 @@ export async function drop(ids: string[], options: ChoiceOptions & { yes?: boole
   console.log(`${dropped} dropped: the data is gone, that it was there is kept`)
 }
 
+/** So that calls which come to their end only now are filled in the table of LEGACY_CALL_SESSIONS, too. */
+async function openLegacy(pool: Pool, config: Config): Promise<Legacy | undefined> {
+  if (!config.LEGACY_CALL_SESSIONS) return undefined
+  const { legacy } = await Legacy.open(pool, config.LEGACY_CALL_SESSIONS, config, WRITE_TIMEOUT_MS, {
+    filled: () => undefined,
+    failed: (callSid, reason) =>
+      console.error(`call ${callSid}: its row in LEGACY_CALL_SESSIONS stays as it is: ${reason}`),
+    held: () => undefined,
+  })
+  return legacy
+}
+
+/** Rows there that are locked get a second chance; a sink would have more. */
+async function untilFilled(legacy: Legacy | undefined, pool: Pool): Promise<void> {
+  await legacy?.fillHeld(pool)
+  for (const callSid of legacy?.heldCalls ?? []) {
+    console.error(`call ${callSid}: its row in LEGACY_CALL_SESSIONS stays as it is: it is locked`)
+  }
+}
+
 const configOf = ({ data }: StackOptions) => readConfig({ ...runningStack(data), ...givenEnvironment() })
 
 async function withPool<T>(
@@ -138,11 +164,11 @@ async function withPool<T>(
   settings: Record<string, string>,
   work: (pool: Pool) => Promise<T>,
 ): Promise<T> {
-  const { DATABASE_URL } = configOf(options)
-  const pool = createPool(DATABASE_URL, 'quarantine', 2, undefined, settings)
+  const config = configOf(options)
+  const pool = createPool(config, 'quarantine', 2, undefined, settings)
   try {
-    await requireReachable(pool, DATABASE_URL)
-    await requireSchema(pool)
+    await requireReachable(pool, config)
+    await requireSchema(pool, config)
     return await work(pool)
   } finally {
     await pool.end()

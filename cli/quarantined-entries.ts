@@ -10,8 +10,9 @@ import { type CallPlace, callSidInSql, parseStreamKey } from '../shared/keys.js'
 import { reasonOf } from '../shared/log.js'
 import type { Pool } from '../shared/postgres.js'
 import { EncodedTurns } from '../sink/copy.js'
-import { decodeCall, type Entry, emptyBatch, entryMs, storable } from '../sink/decode.js'
+import { type Batch, decodeCall, type Entry, emptyBatch, entryMs, storable } from '../sink/decode.js'
 import type { Lease } from '../sink/lease.js'
+import type { Legacy } from '../sink/legacy.js'
 import { verdictOn } from '../sink/verdict.js'
 import { writeBatch, writeSettings } from '../sink/write.js'
 import { compareIds, type DecodedEntry, decodeAlone, isEntryId, leaseFromStart } from './entries.js'
@@ -40,7 +41,7 @@ const LISTED = `id::text, stream_key AS "streamKey", entry_id AS "entryId", reas
 const COLUMNS = `${LISTED}, raw`
 const PAGE = 500
 /** For the rows of one call. */
-const WRITE_TIMEOUT_MS = 60_000
+export const WRITE_TIMEOUT_MS = 60_000
 /** PostgreSQL's settings for connections that `retryQuarantined` uses. */
 export const RETRY_SETTINGS = writeSettings(WRITE_TIMEOUT_MS, WRITE_TIMEOUT_MS)
 const TURN_HOLDER = `SELECT stream_id AS "streamId" FROM call_transcript_turns WHERE call_sid = $1 AND turn_id = $2`
@@ -131,6 +132,7 @@ export interface Retried {
  * Tries entries again, each call's in their order in the stream. One that still cannot be stored stays, with its new reason,
  * and does not affect the others.
  *
+ * @param legacy the table of LEGACY_CALL_SESSIONS, if there is one
  * @param tell called for each entry, and for each call that is finalized, before or now: Redis may not know it
  * @throws OperatorError when an id is unknown or dropped (then nothing was tried), or PostgreSQL cannot store at all
  */
@@ -138,6 +140,7 @@ export async function retryQuarantined(
   pool: Pool,
   choice: Choice,
   tell: { entry(retried: Retried): void; finalized(call: CallPlace): Promise<void> },
+  legacy?: Legacy,
 ): Promise<void> {
   if ('ids' in choice) {
     const dropped = (await findQuarantined(pool, choice.ids)).filter((row) => row.droppedAt)
@@ -153,7 +156,7 @@ export async function retryQuarantined(
     )
     for (const streamKey of new Set(rows.map((row) => row.streamKey))) {
       const itsOwn = rows.filter((row) => row.streamKey === streamKey)
-      await retryStream(pool, streamKey, itsOwn, tell)
+      await retryStream(pool, streamKey, itsOwn, tell, legacy)
     }
     if (rows.length < PAGE) return
     after = rows.at(-1)!.id
@@ -165,6 +168,7 @@ async function retryStream(
   streamKey: string,
   rows: Quarantined[],
   tell: Parameters<typeof retryQuarantined>[2],
+  legacy: Legacy | undefined,
 ): Promise<void> {
   const stays = async (row: Quarantined, reason: string) => {
     await pool.query('UPDATE quarantined_events SET reason = $2 WHERE id = $1', [row.id, storable(reason)])
@@ -190,7 +194,8 @@ async function retryStream(
     else tries.push({ row, entry })
   }
   tries.sort((a, b) => compareIds(a.row.entryId, b.row.entryId))
-  await store(pool, lease, tries, stays, tell.entry)
+  const write = (batch: Batch<EncodedTurns>) => writeBatch(pool, batch, WRITE_TIMEOUT_MS, legacy)
+  await store(write, lease, tries, stays, tell.entry)
   if (tries.length > 0 && (await isFinalized(pool, name.callSid))) await tell.finalized(name)
 }
 
@@ -201,7 +206,7 @@ interface Try {
 
 /** All at once; where that fails for the data, halves, down to the entry at fault. */
 async function store(
-  pool: Pool,
+  write: (batch: Batch<EncodedTurns>) => Promise<unknown>,
   lease: Lease,
   tries: Try[],
   stays: (row: Quarantined, reason: string) => Promise<void>,
@@ -219,7 +224,7 @@ async function store(
   batch.redelivered = true
   batch.release = tries.map(({ row }) => row.id)
   try {
-    await writeBatch(pool, batch, WRITE_TIMEOUT_MS)
+    await write(batch)
   } catch (error) {
     const verdict = verdictOn(error)
     if (verdict === 'retry' || verdict === 'stop') {
@@ -230,8 +235,8 @@ async function store(
       return
     }
     const middle = tries.length >> 1
-    await store(pool, lease, tries.slice(0, middle), stays, stored)
-    await store(pool, lease, tries.slice(middle), stays, stored)
+    await store(write, lease, tries.slice(0, middle), stays, stored)
+    await store(write, lease, tries.slice(middle), stays, stored)
     return
   }
   for (const { row } of tries) stored({ id: row.id, streamKey: row.streamKey, entryId: row.entryId, reason: undefined })

@@ -95,9 +95,9 @@ async function lookInRedis(config: Config, callSid: string): Promise<{ stream: s
 }
 
 async function lookInPostgres(config: Config, callSid: string): Promise<StoredState | undefined> {
-  const pool = createPool(config.DATABASE_URL, 'show', 1)
+  const pool = createPool(config, 'show', 1)
   try {
-    await requireSchema(pool)
+    await requireSchema(pool, config)
     return await readStored(pool, callSid)
   } finally {
     await pool.end()

@@ -5,7 +5,14 @@ import { rm, writeFile } from 'node:fs/promises'
 import { join, resolve } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import getPort from 'get-port'
-import { childEnvironment, type Environment, givenEnvironment, OperatorError, readConfig } from '../shared/config.js'
+import {
+  childEnvironment,
+  type DatabaseConfig,
+  type Environment,
+  givenEnvironment,
+  OperatorError,
+  readConfig,
+} from '../shared/config.js'
 import { PACKAGE_ROOT } from '../shared/package-root.js'
 import { migrate } from '../shared/schema.js'
 import { startPostgres } from './local-postgres.js'
@@ -28,7 +35,7 @@ export interface StackOptions {
 }
 
 export interface Stack {
-  databaseUrl: string
+  database: DatabaseConfig
   ingestUrl: string
   sinkUrl: string
   /** A line each: what runs where. */
@@ -52,15 +59,16 @@ export async function startStack(options: StackOptions): Promise<Stack> {
     const given = givenEnvironment()
     const [redis, postgres] = await startStores(dataDir, options.say, given, started)
     const redisUrl = redis?.url ?? given.REDIS_URL!
-    const databaseUrl = postgres?.url ?? given.DATABASE_URL!
-    for (const name of await migrate(databaseUrl, options.say)) options.say(`migrated ${name}`)
+    const { DATABASE_SCHEMA } = readConfig(given)
+    const database = { DATABASE_URL: postgres?.url ?? given.DATABASE_URL!, DATABASE_SCHEMA }
+    for (const name of await migrate(database, options.say)) options.say(`migrated ${name}`)
 
     const environment: Environment = {
       SPOOL_DIR: join(dataDir, 'spool'),
       ...options.defaults,
       ...given,
       REDIS_URL: redisUrl,
-      DATABASE_URL: databaseUrl,
+      ...database,
       INGEST_PORT: given.INGEST_PORT ?? String(await getPort({ port: 8080, host: '127.0.0.1' })),
       SINK_METRICS_PORT: given.SINK_METRICS_PORT ?? String(await getPort({ port: 9464, host: '127.0.0.1' })),
     }
@@ -75,16 +83,19 @@ export async function startStack(options: StackOptions): Promise<Stack> {
     const [ingest, sink] = services as [Service, Service]
     await writeFile(
       join(dataDir, 'up.json'),
-      JSON.stringify({ pid: process.pid, REDIS_URL: redisUrl, DATABASE_URL: databaseUrl }),
+      JSON.stringify({
+        ...{ pid: process.pid, REDIS_URL: redisUrl, ...database },
+        LEGACY_CALL_SESSIONS: given.LEGACY_CALL_SESSIONS,
+      }),
     )
     return {
-      databaseUrl,
+      database,
       ingestUrl: ingest.url,
       sinkUrl: sink.url,
       describe: [
         `ingest      ${ingest.url}, WebSocket ${ingest.url.replace('http', 'ws')}/v1/stream`,
         `sink        ${sink.url}/metrics`,
-        `PostgreSQL  ${databaseUrl}`,
+        `PostgreSQL  ${database.DATABASE_URL}${DATABASE_SCHEMA === 'public' ? '' : `, schema ${DATABASE_SCHEMA}`}`,
         `Redis       ${redisUrl}`,
         `data, logs  ${dataDir}`,
       ],
@@ -102,8 +113,9 @@ export async function startStack(options: StackOptions): Promise<Stack> {
 /** The URLs of a `calltape up` that runs on this folder, for commands that look into its stores. */
 export function runningStack(dataDir: string): Environment {
   try {
-    const { pid, REDIS_URL, DATABASE_URL } = JSON.parse(readFileSync(join(dataDir, 'up.json'), 'utf8'))
-    return isAlive(pid) ? { REDIS_URL, DATABASE_URL } : {}
+    const { pid, REDIS_URL, ...database } = JSON.parse(readFileSync(join(dataDir, 'up.json'), 'utf8'))
+    if (!isAlive(pid)) return {}
+    return { REDIS_URL, ...(givenEnvironment().DATABASE_URL ? {} : database) } // what is in one database is in no other
   } catch {
     return {} // none was started here
   }

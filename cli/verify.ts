@@ -54,11 +54,11 @@ export async function compareStores(
   window: Window,
   waitMs: number,
 ): Promise<Report> {
-  const pool = createPool(config.DATABASE_URL, 'verify', CONNECTIONS, undefined, READ_SETTINGS)
+  const pool = createPool(config, 'verify', CONNECTIONS, undefined, READ_SETTINGS)
   let redis: RedisClient | undefined
   try {
-    await requireReachable(pool, config.DATABASE_URL)
-    await requireSchema(pool)
+    await requireReachable(pool, config)
+    await requireSchema(pool, config)
     redis = await connectRedis(config.REDIS_URL, createLog('verify', 'silent'))
     const only = callSid === undefined ? undefined : await findCall(redis, config, callSid)
     const report = new Report()

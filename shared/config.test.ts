@@ -65,6 +65,14 @@ test('several_Redis_URLs_are_a_Cluster', () => {
   expect(readConfig({ REDIS_URL }).REDIS_URL).toBe(REDIS_URL)
 })
 
+test.each([
+  ['call_sessions', { schema: 'public', table: 'call_sessions' }],
+  ['Bot.Calls', { schema: 'bot', table: 'calls' }],
+  ['"Bot"."a ""b"" c.d"', { schema: 'Bot', table: 'a "b" c.d' }],
+])('LEGACY_CALL_SESSIONS_%s_is_read_as_SQL_reads_it', (name, table) => {
+  expect(readConfig({ LEGACY_CALL_SESSIONS: name }).LEGACY_CALL_SESSIONS).toEqual(table)
+})
+
 describe('what_is_wrong_is_named', () => {
   test.each<[string, string, RegExp]>([
     ['REDIS_URL', 'localhost:6379', /redis:\/\/.*host:port.*rediss:\/\/.*Cluster/],
@@ -77,6 +85,12 @@ describe('what_is_wrong_is_named', () => {
     ['DATABASE_URL', 'mysql://localhost/x', /postgres:\/\//],
     ['DATABASE_URL', 'calltape', /postgres:\/\//],
     ['DATABASE_URL', 'postgres://a:99999/x', /postgres:\/\//],
+    ...['pg_own', 'Calls', '1st', 'a-b', 'information_schema', 'x'.repeat(64)].map(
+      (name) => ['DATABASE_SCHEMA', name, /wants a plain name/] as [string, string, RegExp],
+    ),
+    ...['a.b.c', 'a b', '.a', '"a', 'a;', '1a'].map(
+      (name) => ['LEGACY_CALL_SESSIONS', name, /wants schema\.table/] as [string, string, RegExp],
+    ),
     ['INGEST_PORT', '65536', /65535/],
     ['INGEST_PORT', '-1', /0/],
     ['INGEST_PORT', '80.5', /int/],

@@ -2,6 +2,7 @@
  * The configuration: the one place that reads process.env. Every variable is validated at start; an error names the
  * variable and what it wants. README.md has the same table for people, but for CRASH_AT.
  */
+import { IANAZone } from 'luxon'
 import { z } from 'zod'
 import { CRASH_POINTS, parseCrash } from './crash.js'
 
@@ -26,6 +27,29 @@ const databaseUrl = z.string().refine((v) => isUrl(v, /^postgres(ql)?:\/\/\S+$/)
   message: 'wants postgres://user:password@host:port/database',
 })
 
+const publicUrl = z.string().refine((v) => isUrl(v, /^https?:\/\/[^\s?#]+$/), {
+  message: 'wants https://host[:port][/path], as the providers call it',
+})
+const timeZone = z
+  .string()
+  .refine((v) => IANAZone.isValidZone(v), { message: 'wants a time zone such as Asia/Kolkata' })
+
+/** Plain, so that it needs no quotes anywhere. */
+const databaseSchema = z.string().refine((v) => /^(?!pg_|information_schema$)[a-z_][a-z0-9_]{0,62}$/.test(v), {
+  message: 'wants a plain name: a-z, 0-9 and _, at most 63 characters, beginning neither with a digit nor with pg_',
+})
+
+/** As in SQL: without quotes it is lower case, in double quotes it is what it says. */
+const SQL_NAME = /^(?:([a-z_][a-z0-9_$]*|"(?:[^"]|"")+")\.)?([a-z_][a-z0-9_$]*|"(?:[^"]|"")+")$/i
+const plainName = (name: string) =>
+  name.startsWith('"') ? name.slice(1, -1).replaceAll('""', '"') : name.toLowerCase()
+const tableName = z.string().transform((v, context) => {
+  const [, schema = 'public', table] = SQL_NAME.exec(v) ?? []
+  if (table === undefined)
+    context.addIssue('wants schema.table, or a table of the schema public; odd names in double quotes')
+  return { schema: plainName(schema), table: plainName(table ?? '') }
+})
+
 /** Only tests set it. */
 const crash = z.string().transform((v, context) => {
   const parsed = parseCrash(v)
@@ -36,12 +60,25 @@ const crash = z.string().transform((v, context) => {
 const schema = z.object({
   REDIS_URL: redisUrl.default('redis://127.0.0.1:6379'),
   DATABASE_URL: databaseUrl.default('postgres://127.0.0.1:5432/calltape'),
+  DATABASE_SCHEMA: databaseSchema.default('public'),
+  LEGACY_CALL_SESSIONS: tableName.optional(),
   INGEST_HOST: z.string().min(1).optional(),
   INGEST_PORT: port.default(8080),
   INGEST_TOKENS: list.default([]),
   ALLOW_UNAUTHENTICATED: flag.default(false),
   TLS_CERT_FILE: z.string().min(1).optional(),
   TLS_KEY_FILE: z.string().min(1).optional(),
+  PUBLIC_URL: publicUrl.optional(),
+  EXOTEL_SECRET: list.default([]),
+  EXOTEL_TIME_ZONE: timeZone.default('Asia/Kolkata'),
+  TWILIO_AUTH_TOKEN: list.default([]),
+  VAPI_SECRET: list.default([]),
+  RETELL_API_KEY: list.default([]),
+  ELEVENLABS_SECRET: list.default([]),
+  TELNYX_PUBLIC_KEY: list.default([]),
+  PLIVO_AUTH_TOKEN: list.default([]),
+  VONAGE_SIGNATURE_SECRET: list.default([]),
+  JAMBONZ_SECRET: list.default([]),
   DURABILITY: z
     .string()
     .regex(/^(redis|fsync|replicas:[1-9]\d?)$/, { message: 'wants redis, fsync or replicas:N' })
@@ -68,6 +105,8 @@ const schema = z.object({
 })
 
 export type Config = z.infer<typeof schema>
+/** Where PostgreSQL is, and which schema there is calltape's. */
+export type DatabaseConfig = Pick<Config, 'DATABASE_URL' | 'DATABASE_SCHEMA'>
 export type Environment = Record<string, string | undefined>
 
 /** A configuration or a state of the stores that the operator has to change: reported without a stack, exit code 2. */

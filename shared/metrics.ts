@@ -28,6 +28,23 @@ export function createIngestMetrics() {
       labelNames: ['code'],
       registers,
     }),
+    webhooks: new Counter({
+      name: 'calltape_ingest_webhooks_total',
+      help: "Providers' webhooks, by what they were answered",
+      labelNames: ['provider', 'status'],
+      registers,
+    }),
+    ignored: new Counter({
+      name: 'calltape_ingest_ignored_total',
+      help: 'Messages of providers that say nothing to keep: audio, partial transcripts',
+      labelNames: ['provider'],
+      registers,
+    }),
+    undelivered: new Counter({
+      name: 'calltape_ingest_undelivered_total',
+      help: "Events of providers' WebSockets that neither Redis nor the spool took in time: nobody sends them again",
+      registers,
+    }),
     connections: new Gauge({ name: 'calltape_ingest_connections', help: 'Open WebSocket connections', registers }),
     queuedEvents: new Gauge({ name: 'calltape_ingest_queued_events', help: 'Events that wait for Redis', registers }),
     queuedBytes: new Gauge({
@@ -134,6 +151,21 @@ export function createSinkMetrics() {
     strays: new Counter({
       name: 'calltape_sink_strays_total',
       help: 'Live calls that Redis had forgotten, and that were ended',
+      registers,
+    }),
+    legacyRows: new Counter({
+      name: 'calltape_sink_legacy_rows_total',
+      help: 'Rows of LEGACY_CALL_SESSIONS filled',
+      registers,
+    }),
+    legacyFailures: new Counter({
+      name: 'calltape_sink_legacy_failures_total',
+      help: 'Calls whose row in LEGACY_CALL_SESSIONS refuses what it is to be filled with',
+      registers,
+    }),
+    legacyHeld: new Gauge({
+      name: 'calltape_sink_legacy_held_calls',
+      help: 'Calls whose row in LEGACY_CALL_SESSIONS is locked by somebody else, and is filled once it is not',
       registers,
     }),
     reclaimed: new Counter({ name: 'calltape_sink_reclaimed_total', help: 'Lapsed leases taken over', registers }),

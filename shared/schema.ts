@@ -2,59 +2,93 @@
 import { readdirSync } from 'node:fs'
 import { join, parse } from 'node:path'
 import { runner } from 'node-pg-migrate'
-import { OperatorError } from './config.js'
+import { type DatabaseConfig, OperatorError } from './config.js'
 import { reasonOf } from './log.js'
-import { PACKAGE_ROOT } from './package-root.js'
-import { createPool, type Pool, sqlState } from './postgres.js'
+import { PACKAGE_ROOT, readPackageFile } from './package-root.js'
+import { createPool, escapeIdentifier, type Pool, type PoolClient, sqlState } from './postgres.js'
 
 const MIGRATIONS = join(PACKAGE_ROOT, 'migrations')
 const MIGRATIONS_TABLE = 'calltape_migrations'
+/** Not node-pg-migrate's own: another application's migrations may use that at the same time, and fail instead of waiting. */
+const LOCK = '7165902394410628403'
 const UNDEFINED_TABLE = '42P01'
+const UNDEFINED_COLUMN = '42703'
+const NO_PRIVILEGE = '42501'
 
 /**
- * Brings the database to this version's schema. Safe to run from several places at once: one runs, the others wait.
+ * Brings the database to this version's schema. Safe to run from several places at once: one runs, the others wait. It is
+ * one transaction: what fails half way leaves nothing.
  *
  * @returns the names of the migrations that were run, in order; none when it was up to date
- * @throws OperatorError when there is no such database, or a newer calltape migrated it
+ * @throws OperatorError when there is no such database, something there is not calltape's, a newer calltape migrated it, or
+ *   a privilege is missing
  */
-export async function migrate(databaseUrl: string, say: (line: string) => void = () => {}): Promise<string[]> {
-  const pool = createPool(databaseUrl, 'migrate', 1)
+export async function migrate(database: DatabaseConfig, say: (line: string) => void = () => {}): Promise<string[]> {
+  const pool = createPool(database, 'migrate', 1)
   try {
-    await requireReachable(pool, databaseUrl)
-    const { newer } = await compareSchema(pool)
-    if (newer.length > 0) throw new OperatorError(newerMessage(newer))
+    await requireReachable(pool, database)
     const client = await pool.connect()
     try {
-      const done = await runner({
-        dbClient: client,
-        dir: MIGRATIONS,
-        migrationsTable: MIGRATIONS_TABLE,
-        direction: 'up',
-        advisoryLockMode: 'wait',
-        logger: { debug() {}, info() {}, warn: say, error: say },
-      })
-      return done.map((migration) => migration.name)
+      return await runMigrations(client, database, say)
+    } catch (error) {
+      if (sqlState(error) !== NO_PRIVILEGE) throw error
+      throw new OperatorError(`DATABASE_URL: its user lacks a privilege: ${reasonOf(error as Error)}`)
     } finally {
-      client.release()
+      client.release(true) // with it goes the lock, and whatever was not committed
     }
   } finally {
     await pool.end()
   }
 }
 
+async function runMigrations(client: PoolClient, database: DatabaseConfig, say: (line: string) => void) {
+  await client.query(`SELECT pg_advisory_lock(${LOCK})`)
+  const { missing, newer, strangers } = await compareSchema(client, database)
+  if (strangers.length > 0) throw new OperatorError(strangersMessage(database, strangers))
+  if (newer.length > 0) throw new OperatorError(newerMessage(newer))
+  if (missing.length === 0) return []
+  // The BEGIN and COMMIT of the runner's `singleTransaction` are then this transaction's: schema and migrations table are in it.
+  await client.query('BEGIN')
+  await prepareSchema(client, database.DATABASE_SCHEMA)
+  const done = await runner({
+    dbClient: client,
+    dir: MIGRATIONS,
+    schema: database.DATABASE_SCHEMA,
+    migrationsTable: MIGRATIONS_TABLE,
+    direction: 'up',
+    singleTransaction: true,
+    noLock: true,
+    logger: { debug() {}, info() {}, warn: say, error: say },
+  })
+  return done.map((migration) => migration.name)
+}
+
+/** Not by IF NOT EXISTS: that wants the privilege to create schemas even where it is there. */
+async function prepareSchema(client: PoolClient, schema: string): Promise<void> {
+  const { rows } = await client.query<{ fit: boolean }>(
+    `SELECT has_schema_privilege(oid, 'CREATE') AS fit FROM pg_namespace WHERE nspname = $1`,
+    [schema],
+  )
+  if (rows.length === 0) await client.query(`CREATE SCHEMA ${escapeIdentifier(schema)}`)
+  else if (!rows[0]!.fit) {
+    throw new OperatorError(`DATABASE_SCHEMA: the user in DATABASE_URL lacks the privilege CREATE on schema ${schema}`)
+  }
+}
+
 /** @throws OperatorError when PostgreSQL does not answer, or has no such database */
-export async function requireReachable(pool: Pool, url: string): Promise<void> {
+export async function requireReachable(pool: Pool, { DATABASE_URL }: DatabaseConfig): Promise<void> {
   try {
     await pool.query('SELECT 1')
   } catch (error) {
-    const { host, pathname } = new URL(url)
+    const { host, pathname } = new URL(DATABASE_URL)
     throw new OperatorError(`DATABASE_URL: no PostgreSQL answers at ${host}${pathname}: ${reasonOf(error as Error)}`)
   }
 }
 
-/** @throws OperatorError when the database's schema is older or newer than this code */
-export async function requireSchema(pool: Pool): Promise<void> {
-  const { missing, newer } = await compareSchema(pool)
+/** @throws OperatorError when the database's schema is another application's, or older or newer than this code */
+export async function requireSchema(pool: Pool, database: DatabaseConfig): Promise<void> {
+  const { missing, newer, strangers } = await compareSchema(pool, database)
+  if (strangers.length > 0) throw new OperatorError(strangersMessage(database, strangers))
   if (newer.length > 0) throw new OperatorError(newerMessage(newer))
   if (missing.length > 0) {
     throw new OperatorError(
@@ -63,28 +97,109 @@ export async function requireSchema(pool: Pool): Promise<void> {
   }
 }
 
-async function compareSchema(pool: Pool): Promise<{ missing: string[]; newer: string[] }> {
-  const known = readdirSync(MIGRATIONS)
-    .filter((file) => file.endsWith('.sql'))
-    .map((file) => parse(file).name)
-    .sort()
-  const applied = await appliedMigrations(pool)
+interface Comparison {
+  /** Migrations that have not been run. */
+  missing: string[]
+  /** Migrations that this calltape does not know. */
+  newer: string[]
+  /** What is in the way of those that have not been run, each with its kind. */
+  strangers: string[]
+}
+
+type Queryable = Pick<Pool, 'query'>
+
+async function compareSchema(client: Queryable, database: DatabaseConfig): Promise<Comparison> {
+  await requireSearchPath(client, database)
+  const known = knownMigrations()
+  // First what is there, then who made it: migrations that are committed in between must not look like a stranger's.
+  const there = await findObjects(client, database.DATABASE_SCHEMA, [MIGRATIONS_TABLE, ...known.flatMap(createdBy)])
+  const isNoTable = there.some(({ name, kind }) => name === MIGRATIONS_TABLE && kind !== 'table')
+  const applied = isNoTable ? undefined : await appliedMigrations(client)
+  const missing = known.filter((name) => !applied?.includes(name))
+  const wanted = new Set([...missing.flatMap(createdBy), ...(applied ? [] : [MIGRATIONS_TABLE])])
   return {
-    missing: known.filter((name) => !applied.includes(name)),
-    newer: applied.filter((name) => !known.includes(name)),
+    missing,
+    newer: applied?.filter((name) => !known.includes(name)) ?? [],
+    strangers: there.filter(({ name }) => wanted.has(name)).map(({ name, kind }) => `${name} (${kind})`),
   }
 }
 
-async function appliedMigrations(pool: Pool): Promise<string[]> {
+/** @throws OperatorError when unqualified names would be another schema's: some poolers ignore what a connection asks for */
+async function requireSearchPath(client: Queryable, { DATABASE_SCHEMA }: DatabaseConfig): Promise<void> {
+  const { rows } = await client.query<{ path: string; usable: boolean | null }>(
+    `SELECT current_setting('search_path') AS path,
+       (SELECT has_schema_privilege(oid, 'USAGE') FROM pg_namespace WHERE nspname = $1) AS usable`,
+    [DATABASE_SCHEMA],
+  )
+  const { path, usable } = rows[0]!
+  if (path !== DATABASE_SCHEMA) {
+    throw new OperatorError(
+      `DATABASE_SCHEMA: connections ask for the search_path ${DATABASE_SCHEMA} and get ${path}: a pooler in DATABASE_URL must pass on the startup parameter options`,
+    )
+  }
+  if (usable === false) {
+    throw new OperatorError(`DATABASE_SCHEMA: the user in DATABASE_URL lacks the privilege USAGE on schema ${path}`)
+  }
+}
+
+function knownMigrations(): string[] {
+  return readdirSync(MIGRATIONS)
+    .filter((file) => file.endsWith('.sql'))
+    .map((file) => parse(file).name)
+    .sort()
+}
+
+const CREATED =
+  /^CREATE (?:OR REPLACE )?(?:UNIQUE )?(?:UNLOGGED )?(?:TABLE|INDEX|VIEW|SEQUENCE|TYPE|DOMAIN|FUNCTION) (\w+)/gim
+
+/** The names of what a migration creates: such a statement begins its line there. */
+function createdBy(migration: string): string[] {
+  const [up = ''] = readPackageFile(`migrations/${migration}.sql`).split('-- Down Migration')
+  return [...up.matchAll(CREATED)].map(([, name]) => name!.toLowerCase())
+}
+
+/** All names that are calltape's own in its schema. */
+export function ownNames(): string[] {
+  return [MIGRATIONS_TABLE, ...knownMigrations().flatMap(createdBy)]
+}
+
+/** Whatever has one of these names: tables, views and types share them, and a function would be replaced. */
+async function findObjects(client: Queryable, schema: string, names: string[]) {
+  const { rows } = await client.query<{ name: string; kind: string }>(
+    `SELECT relname AS name, CASE relkind WHEN 'r' THEN 'table' WHEN 'p' THEN 'partitioned table' WHEN 'v' THEN 'view'
+         WHEN 'm' THEN 'materialized view' WHEN 'f' THEN 'foreign table' WHEN 'S' THEN 'sequence' WHEN 'c' THEN 'type'
+         ELSE 'index' END AS kind
+       FROM pg_class WHERE relnamespace = to_regnamespace($1) AND relname = ANY($2)
+     UNION ALL SELECT typname, 'type' FROM pg_type
+       WHERE typnamespace = to_regnamespace($1) AND typname = ANY($2) AND typrelid = 0
+     UNION ALL SELECT DISTINCT proname, 'function' FROM pg_proc
+       WHERE pronamespace = to_regnamespace($1) AND proname = ANY($2)
+     ORDER BY name`,
+    [escapeIdentifier(schema), names],
+  )
+  return rows
+}
+
+/** @returns undefined when the table of that name is not calltape's */
+async function appliedMigrations(client: Queryable): Promise<string[] | undefined> {
   try {
-    const { rows } = await pool.query<{ name: string }>(`SELECT name FROM ${MIGRATIONS_TABLE} ORDER BY run_on, name`)
+    const { rows } = await client.query<{ name: string }>(`SELECT name FROM ${MIGRATIONS_TABLE} ORDER BY run_on, name`)
     return rows.map((row) => row.name)
   } catch (error) {
     if (sqlState(error) === UNDEFINED_TABLE) return []
-    throw error
+    if (sqlState(error) === UNDEFINED_COLUMN) return undefined
+    if (sqlState(error) !== NO_PRIVILEGE) throw error
+    throw new OperatorError(`DATABASE_URL: its user may not read calltape's tables: ${reasonOf(error as Error)}`)
   }
 }
 
 function newerMessage(newer: string[]): string {
   return `DATABASE_URL: the database's schema is newer than this calltape (it has ${newer.join(', ')}). Update calltape.`
+}
+
+function strangersMessage({ DATABASE_SCHEMA }: DatabaseConfig, strangers: string[]): string {
+  const what = `${strangers.join(', ')}, ${strangers.length === 1 ? 'which is' : 'which are'} not calltape's`
+  const setting = DATABASE_SCHEMA === 'calltape' ? 'DATABASE_SCHEMA to another name' : 'DATABASE_SCHEMA=calltape'
+  const advice = `set ${setting} to put calltape's tables into a schema of their own`
+  return `DATABASE_SCHEMA: schema ${DATABASE_SCHEMA} has ${what}. Nothing is touched there: ${advice}`
 }

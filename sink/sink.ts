@@ -2,13 +2,14 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { Config } from '../shared/config.js'
 import type { Logger } from '../shared/log.js'
-import { createSinkMetrics } from '../shared/metrics.js'
-import { createPool } from '../shared/postgres.js'
+import { createSinkMetrics, type SinkMetrics } from '../shared/metrics.js'
+import { createPool, type Pool } from '../shared/postgres.js'
 import { askAtStart, connectRedis, openPartitions, type RedisClient, warnOfLoss } from '../shared/redis.js'
 import { requireReachable, requireSchema } from '../shared/schema.js'
 import { askWritable, Gate } from './gate.js'
 import { serveHealth } from './health.js'
 import { Leases } from './lease.js'
+import { Legacy } from './legacy.js'
 import { Progress } from './progress.js'
 import { endStrays } from './strays.js'
 import { Wake } from './wake.js'
@@ -33,15 +34,25 @@ const SUSPECT_LAPSES = 2
 /** For the batches in hand, when the sink is to stop. */
 const STOP_TIMEOUT_MS = 7000
 const DISCONNECT_TIMEOUT_MS = 1000
+/** How often legacy rows that were locked are tried again. */
+const LOCKED_MS = 2000
+/** In one line of the log. */
+const MOST_NAMED = 100
 
 /** @throws OperatorError when Redis or PostgreSQL cannot be used, or the schema does not fit */
 export async function startSink(config: Config, log: Logger): Promise<Sink> {
   const onError = (error: Error) => log.warn({ err: error.message }, 'postgres connection')
   const leaseMs = config.LEASE_SECONDS * 1000
   const writeTimeoutMs = config.DATABASE_TIMEOUT * 1000
-  // A connection for each worker, and one to ask whether PostgreSQL is there.
+  // A connection for each worker, one to ask whether PostgreSQL is there, and one for legacy rows that were locked.
   const settings = writeSettings(writeTimeoutMs, leaseMs)
-  const pool = createPool(config.DATABASE_URL, 'sink', config.SINK_WORKERS + 1, onError, settings)
+  const pool = createPool(
+    config,
+    'sink',
+    config.SINK_WORKERS + (config.LEGACY_CALL_SESSIONS ? 2 : 1),
+    onError,
+    settings,
+  )
   const clients: RedisClient[] = []
   const connect = async () => {
     const client = await connectRedis(config.REDIS_URL, log)
@@ -55,8 +66,8 @@ export async function startSink(config: Config, log: Logger): Promise<Sink> {
   try {
     const redis = await connect()
     const subscriber = await connect()
-    await requireReachable(pool, config.DATABASE_URL)
-    await requireSchema(pool)
+    await requireReachable(pool, config)
+    await requireSchema(pool, config)
     const partitions = await askAtStart(config.REDIS_URL, async () => {
       await warnOfLoss(redis, log)
       return openPartitions(redis, config.PARTITIONS)
@@ -72,6 +83,7 @@ export async function startSink(config: Config, log: Logger): Promise<Sink> {
     })
 
     const metrics = createSinkMetrics()
+    const legacy = await openLegacy(config, pool, metrics, log)
     const progress = new Progress()
     const stopped = new AbortController()
     const gate = new Gate(() => askWritable(pool), log, stopped.signal)
@@ -86,7 +98,7 @@ export async function startSink(config: Config, log: Logger): Promise<Sink> {
       suspectLapses: Math.min(SUSPECT_LAPSES, maxDeliveries),
     }
     const context: WorkerContext = {
-      ...{ redis, pool, leases, limits, maxDeliveries, writeTimeoutMs, progress, metrics, wake, gate, log },
+      ...{ redis, pool, leases, limits, maxDeliveries, writeTimeoutMs, progress, metrics, wake, gate, log, legacy },
       suspects: { isTried: false },
     }
     const workers = Array.from({ length: config.SINK_WORKERS }, () => new Worker(context))
@@ -98,6 +110,7 @@ export async function startSink(config: Config, log: Logger): Promise<Sink> {
     // A Redis that was flushed does not know the count any more.
     again('claiming the partitions', TEND_MS, () => openPartitions(redis, config.PARTITIONS))
     again('looking for strays', STRAYS_MS, () => endStrays(context, config.IDLE_TIMEOUT * 1000, stopped.signal))
+    if (legacy) again('filling legacy rows that were locked', LOCKED_MS, () => legacy.fillHeld(pool))
     const { port } = server.address() as { port: number }
     const url = `http://${config.SINK_METRICS_HOST}:${port}`
     log.info({ url, workers: workers.length, partitions: config.PARTITIONS }, 'sink runs')
@@ -116,6 +129,7 @@ export async function startSink(config: Config, log: Logger): Promise<Sink> {
           log.error('a batch in hand does not come to its end; it is given back, so another sink takes it over')
           await Promise.race([Promise.all(workers.map((worker) => worker.giveUp())), late()])
         }
+        if (legacy && isFinished) await Promise.race([giveUpHeld(legacy, pool, log), late()])
         // A connection that hangs would be waited for in vain.
         await Promise.race([disconnect(), late()])
         log.info('sink stopped')
@@ -125,6 +139,34 @@ export async function startSink(config: Config, log: Logger): Promise<Sink> {
     await disconnect()
     throw error
   }
+}
+
+async function openLegacy(config: Config, pool: Pool, metrics: SinkMetrics, log: Logger) {
+  const { LEGACY_CALL_SESSIONS: table, DATABASE_TIMEOUT } = config
+  if (!table) return undefined
+  const { legacy, known } = await Legacy.open(pool, table, config, DATABASE_TIMEOUT * 1000, {
+    filled: (rows) => metrics.legacyRows.inc(rows),
+    failed(callSid, reason) {
+      metrics.legacyFailures.inc()
+      log.error({ callSid, reason }, 'its row in LEGACY_CALL_SESSIONS refuses what it is to be filled with')
+    },
+    held(calls) {
+      metrics.legacyHeld.set(calls)
+      if (calls > 0) log.warn({ calls }, 'rows in LEGACY_CALL_SESSIONS are locked: they are filled later')
+    },
+  })
+  const { name, fills, leaves, isIndexed } = known
+  log.info({ table: name, fills, leaves }, 'ended calls are filled in there, too')
+  if (!isIndexed) log.warn({ table: name }, 'no index on call_sid: all of it is read for each batch with an ended call')
+  return legacy
+}
+
+/** The last chance. */
+async function giveUpHeld(legacy: Legacy, pool: Pool, log: Logger): Promise<void> {
+  await legacy.fillHeld(pool).catch((error: Error) => log.warn({ err: error.message }, 'filling legacy rows failed'))
+  const callSids = legacy.heldCalls
+  if (callSids.length === 0) return
+  log.error({ calls: callSids.length, callSids: callSids.slice(0, MOST_NAMED) }, 'not filled in LEGACY_CALL_SESSIONS')
 }
 
 async function reclaim({ leases, wake, metrics, log }: WorkerContext): Promise<void> {

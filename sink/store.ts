@@ -11,9 +11,10 @@ import { EncodedTurns } from './copy.js'
 import { type Batch, decodeCall, type Entry, emptyBatch, entryMs, type QuarantineRow, quarantineRow } from './decode.js'
 import type { Hold } from './hold.js'
 import { givenBack, type Lease, type LeaseLimits, type Settlement } from './lease.js'
+import type { Legacy } from './legacy.js'
 import type { Progress } from './progress.js'
 import { readEntries } from './read.js'
-import { type Verdict, verdictOn } from './verdict.js'
+import { LegacyFailure, type Verdict, verdictOn } from './verdict.js'
 import { isStored, writeBatch } from './write.js'
 
 /** Entries that are tried one by one are read a few at a time: their sheer size may be what their sinks die of. */
@@ -41,6 +42,7 @@ export interface StoreContext {
   writeTimeoutMs: number
   progress: Progress
   metrics: SinkMetrics
+  legacy: Legacy | undefined
 }
 
 export class Store {
@@ -145,7 +147,7 @@ export class Store {
     try {
       return await this.storeEntries(lease, [entry])
     } catch (error) {
-      if (!(error instanceof NotStored && this.isAtFault(lease, entry, error.verdict))) throw error
+      if (!(error instanceof NotStored && this.isAtFault(lease, entry, error))) throw error
       return this.quarantine(lease, entry, `fails: ${error.message}`)
     }
   }
@@ -154,7 +156,8 @@ export class Store {
    * If nothing else can be stored either, it is hardly this entry's fault: so others must have been stored between two
    * failures of this very entry, tried alone.
    */
-  private isAtFault(lease: Lease, [id]: Entry, verdict: Verdict): boolean {
+  private isAtFault(lease: Lease, [id]: Entry, { verdict, cause }: NotStored): boolean {
+    if (cause instanceof LegacyFailure) return false
     const { maxDeliveries, progress } = this.context
     const isOnceMore = progress.failedAloneBefore(lease.callSid, id) && progress.storedSinceFailure
     // A connection that was cut may have hit an innocent entry; not again and again.
@@ -185,10 +188,10 @@ export class Store {
 
   private async write(batch: Batch<EncodedTurns>): Promise<void> {
     if (batch.settlements.every((s) => s.last === undefined)) return
-    const { pool, metrics, progress, writeTimeoutMs } = this.context
+    const { pool, metrics, progress, writeTimeoutMs, legacy } = this.context
     await this.keepBytes(batch.quarantine)
     const started = performance.now()
-    const written = await writeBatch(pool, batch, writeTimeoutMs).catch((error: Error) => {
+    const written = await writeBatch(pool, batch, writeTimeoutMs, legacy).catch((error: Error) => {
       throw new NotStored(error)
     })
     crashPoint('after-commit')

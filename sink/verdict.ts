@@ -53,6 +53,7 @@ const HINTS: Record<string, string> = {
 
 /** @param error of a transaction, or of encoding its rows */
 export function verdictOn(error: unknown): Verdict {
+  if (error instanceof LegacyFailure) return error.verdict
   const state = sqlState(error)
   if (state !== undefined) return VERDICTS[state] ?? VERDICTS[state.slice(0, 2)] ?? 'unclear'
   if (error instanceof WriteTimeout) return 'unclear'
@@ -62,8 +63,21 @@ export function verdictOn(error: unknown): Verdict {
 
 /** @returns undefined when PostgreSQL's own words are all there is to say */
 export function hintOn(error: unknown): string | undefined {
+  if (error instanceof LegacyFailure) {
+    return error.verdict === 'stop' ? 'the table of LEGACY_CALL_SESSIONS cannot be filled' : hintOn(error.cause)
+  }
   const state = sqlState(error) ?? ''
   return HINTS[state] ?? HINTS[state.slice(0, 2)]
+}
+
+/** What keeps rows of LEGACY_CALL_SESSIONS from being filled, and is of none of them: the entries of the batch are not at fault. */
+export class LegacyFailure extends Error {
+  constructor(
+    override readonly cause: Error,
+    readonly verdict: Verdict,
+  ) {
+    super(`LEGACY_CALL_SESSIONS: ${cause.message.replace(/^LEGACY_CALL_SESSIONS: /, '')}`)
+  }
 }
 
 /** A transaction whose connection was given up because PostgreSQL stayed silent. */

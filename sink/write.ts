@@ -12,6 +12,7 @@ import { readPackageFile } from '../shared/package-root.js'
 import { type Pool, type PoolClient, sqlState } from '../shared/postgres.js'
 import { type EncodedTurns, TURN_COLUMNS } from './copy.js'
 import { type Batch, type CallRow, type EventRow, entryMs, type QuarantineRow, storable } from './decode.js'
+import type { Filled, Legacy } from './legacy.js'
 import { verdictOn, WriteTimeout } from './verdict.js'
 
 /**
@@ -46,11 +47,12 @@ const FOLD = { name: 'fold', text: readPackageFile('sink/fold.sql') }
 
 /**
  * A sink whose lease has lapsed may still be about to write. Whoever comes second must see what the first one wrote: so the
- * rows are locked before the fold takes its snapshot, always in the same order.
+ * rows are locked before the fold takes its snapshot, always in the same order. Gives the calls that are final already.
  */
 const LOCK_CALLS = {
   name: 'lock',
-  text: 'SELECT 1 FROM call_sessions WHERE call_sid = ANY($1::text[]) ORDER BY call_sid FOR UPDATE',
+  text: `SELECT CASE WHEN finalized_at IS NOT NULL THEN call_sid END AS final
+         FROM call_sessions WHERE call_sid = ANY($1::text[]) ORDER BY call_sid FOR UPDATE`,
 }
 
 const INSERT_EVENTS = {
@@ -75,6 +77,8 @@ export interface Written {
   quarantined: number
   /** It went through staging. */
   staged: boolean
+  /** In the table of LEGACY_CALL_SESSIONS. */
+  legacy?: Filled
 }
 
 /** What PostgreSQL's own statement_timeout does not end in time: then nobody answers any more. */
@@ -82,9 +86,15 @@ const SILENCE_MS = 5000
 
 /**
  * @param timeoutMs for a statement, as in `writeSettings`; all of it may take a little longer
- * @throws whatever PostgreSQL says, or WriteTimeout; then nothing of the batch is stored, or nobody knows
+ * @param legacy the table of LEGACY_CALL_SESSIONS, if there is one
+ * @throws whatever PostgreSQL says, WriteTimeout, or LegacyFailure; then nothing of the batch is stored, or nobody knows
  */
-export async function writeBatch(pool: Pool, batch: Batch<EncodedTurns>, timeoutMs: number): Promise<Written> {
+export async function writeBatch(
+  pool: Pool,
+  batch: Batch<EncodedTurns>,
+  timeoutMs: number,
+  legacy?: Legacy,
+): Promise<Written> {
   const client = await pool.connect()
   let late: WriteTimeout | undefined
   const timer = setTimeout(() => {
@@ -92,8 +102,9 @@ export async function writeBatch(pool: Pool, batch: Batch<EncodedTurns>, timeout
     client.release(late) // ends the connection, and with it what waits for its answer
   }, timeoutMs + SILENCE_MS)
   try {
-    const written = await copyOrStage(client, batch)
+    const written = await copyOrStage(client, batch, legacy)
     if (!late) client.release()
+    if (written.legacy) legacy?.committed(written.legacy)
     return written
   } catch (error) {
     // Unless only the data was wrong, the connection may lead to the wrong server by now: the next batch gets a new one.
@@ -105,16 +116,17 @@ export async function writeBatch(pool: Pool, batch: Batch<EncodedTurns>, timeout
 }
 
 /** Straight into the table; through staging when that meets a turn which is there already, or is bound to. */
-async function copyOrStage(client: PoolClient, batch: Batch<EncodedTurns>): Promise<Written> {
-  if (batch.redelivered) return await inTransaction(client, () => writeAll(client, batch, stageTurns))
+async function copyOrStage(client: PoolClient, batch: Batch<EncodedTurns>, legacy?: Legacy): Promise<Written> {
+  const write = (writeTurns: TurnWriter) => inTransaction(client, () => writeAll(client, batch, writeTurns, legacy))
+  if (batch.redelivered) return await write(stageTurns)
   try {
     const isOneStatement = batch.events.length + batch.quarantine.length + batch.calls.length === 0
     // One COPY is a transaction by itself: BEGIN and COMMIT would be two round trips more for most batches of live calls.
     if (isOneStatement) return await writeAll(client, batch, copyTurns)
-    return await inTransaction(client, () => writeAll(client, batch, copyTurns))
+    return await write(copyTurns)
   } catch (error) {
     if (sqlState(error) !== UNIQUE_VIOLATION) throw error
-    return await inTransaction(client, () => writeAll(client, batch, stageTurns))
+    return await write(stageTurns)
   }
 }
 
@@ -134,9 +146,14 @@ async function inTransaction<T>(client: PoolClient, work: () => Promise<T>): Pro
 
 type TurnWriter = (client: PoolClient, rows: EncodedTurns) => Promise<Pick<Written, 'turns' | 'staged'>>
 
-async function writeAll(client: PoolClient, batch: Batch<EncodedTurns>, writeTurns: TurnWriter): Promise<Written> {
+async function writeAll(
+  client: PoolClient,
+  batch: Batch<EncodedTurns>,
+  writeTurns: TurnWriter,
+  legacy?: Legacy,
+): Promise<Written> {
   const turns = batch.turns.length > 0 ? await writeTurns(client, batch.turns) : { turns: 0, staged: false }
-  const written = { ...turns, events: 0, quarantined: 0 }
+  const written: Written = { ...turns, events: 0, quarantined: 0 }
   if (batch.events.length > 0) {
     const { rowCount } = await client.query({ ...INSERT_EVENTS, values: eventColumns(batch.events) })
     written.events = rowCount ?? 0
@@ -148,10 +165,14 @@ async function writeAll(client: PoolClient, batch: Batch<EncodedTurns>, writeTur
   if (batch.release) await client.query('DELETE FROM quarantined_events WHERE id = ANY($1::bigint[])', [batch.release])
   if (batch.calls.length > 0) {
     const values = callColumns(batch.calls)
-    await client.query({ ...LOCK_CALLS, values: [values[0]] })
+    const { rows } = await client.query<{ final: string | null }>({ ...LOCK_CALLS, values: [values[0]] })
     crashPoint('before-finalize')
     await client.query({ ...FOLD, values })
     crashPoint('after-finalize')
+    // Those that end with this batch, or had ended before: only these can be final now.
+    const ended = batch.calls.filter((call) => call.finalize).map((call) => call.callSid)
+    const final = new Set([...ended, ...rows.flatMap((row) => row.final ?? [])])
+    if (legacy && final.size > 0) written.legacy = await legacy.fill(client, [...final])
   }
   return written
 }

@@ -4,7 +4,7 @@ import { describe, expect, test } from 'vitest'
 import { createPool } from '../shared/postgres.js'
 import { Calls, ended, newSid, type Row, seqs } from './support/calls.js'
 import { Relay } from './support/relay.js'
-import { freshDatabase, freshRedis, startTestStack, until } from './support/stores.js'
+import { freshDatabase, freshRedis, inPublic, startTestStack, until } from './support/stores.js'
 import { groupOf, turn } from './support/streams.js'
 
 describe.concurrent('a PostgreSQL', () => {
@@ -97,7 +97,7 @@ describe.concurrent('a PostgreSQL', () => {
   test('out_of_reach_makes_sinks_unready_with_the_reason_and_they_recover_by_themselves', async () => {
     const calls = await Calls.start({}, 2)
     const { sinks, config } = calls.stack
-    const admin = createPool(config.DATABASE_URL.replace(/\/\w+$/, '/postgres'), 'test-admin', 1)
+    const admin = createPool(inPublic(config.DATABASE_URL.replace(/\/\w+$/, '/postgres')), 'test-admin', 1)
     await admin.query(`ALTER DATABASE ${calls.database} ALLOW_CONNECTIONS false`)
     await calls.terminate('true', admin)
     const answers = () => Promise.all(sinks.map((sink) => calls.ready(sink)))

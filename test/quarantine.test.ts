@@ -22,7 +22,7 @@ let calls: Calls
 let retryPool: Pool
 beforeAll(async () => {
   calls = await Calls.start()
-  retryPool = createPool(calls.stack.database.url, 'test-retry', 2, undefined, RETRY_SETTINGS)
+  retryPool = createPool(calls.stack.database.config, 'test-retry', 2, undefined, RETRY_SETTINGS)
 })
 afterAll(async () => {
   await retryPool.end()

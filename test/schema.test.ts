@@ -7,7 +7,7 @@ import { PACKAGE_ROOT } from '../shared/package-root.js'
 import type { Pool } from '../shared/postgres.js'
 import { migrate, requireSchema } from '../shared/schema.js'
 import { startSink } from '../sink/sink.js'
-import { type Database, freshDatabase, freshRedis, log } from './support/stores.js'
+import { type Database, freshDatabase, freshRedis, inPublic, log } from './support/stores.js'
 
 const MIGRATIONS = readdirSync(join(PACKAGE_ROOT, 'migrations')).map((file) => file.replace(/\.sql$/, ''))
 
@@ -29,15 +29,15 @@ describe('migrate', () => {
 
   test('an_empty_database_and_once_more', async () => {
     expect(await tablesOf(database.pool)).toEqual([])
-    expect(await migrate(database.url)).toEqual(MIGRATIONS)
+    expect(await migrate(database.config)).toEqual(MIGRATIONS)
     expect(await tablesOf(database.pool)).toEqual(OURS)
     await database.pool.query(`INSERT INTO call_sessions (call_sid) VALUES ('kept')`)
-    expect(await migrate(database.url)).toEqual([])
+    expect(await migrate(database.config)).toEqual([])
     expect((await database.pool.query('SELECT call_sid FROM call_sessions')).rows).toEqual([{ call_sid: 'kept' }])
   })
 
   test('from_four_places_at_once_runs_each_migration_once', async () => {
-    const done = await Promise.all([1, 2, 3, 4].map(() => migrate(database.url)))
+    const done = await Promise.all([1, 2, 3, 4].map(() => migrate(database.config)))
     expect(done.flat().sort()).toEqual(MIGRATIONS)
     expect(await tablesOf(database.pool)).toEqual(OURS)
     const { rows } = await database.pool.query('SELECT name FROM calltape_migrations')
@@ -45,9 +45,9 @@ describe('migrate', () => {
   })
 
   test('of_a_newer_database_refuses_and_changes_nothing', async () => {
-    await migrate(database.url)
+    await migrate(database.config)
     await database.pool.query(`INSERT INTO calltape_migrations (name, run_on) VALUES ('9999_from_the_future', now())`)
-    const refusal = await migrate(database.url).catch((error: Error) => error)
+    const refusal = await migrate(database.config).catch((error: Error) => error)
     expect(refusal).toBeInstanceOf(OperatorError)
     expect((refusal as Error).message).toMatch(/^DATABASE_URL: .*newer.*9999_from_the_future.*Update calltape/)
   })
@@ -55,7 +55,7 @@ describe('migrate', () => {
   test('of_a_database_that_is_not_there_says_which', async () => {
     const nowhere = 'postgres://127.0.0.1:1/calltape'
     const refusals = [nowhere, database.url.replace(/\/\w+$/, '/no_such_database')].map((url) =>
-      migrate(url).catch((error: Error) => error),
+      migrate(inPublic(url)).catch((error: Error) => error),
     )
     const [refused, unknown] = (await Promise.all(refusals)) as [Error, Error]
     expect(refused).toBeInstanceOf(OperatorError)
@@ -64,7 +64,7 @@ describe('migrate', () => {
   })
 
   test('down_leaves_nothing', async () => {
-    await migrate(database.url)
+    await migrate(database.config)
     const client = await database.pool.connect()
     const logger = { debug() {}, info() {}, warn() {}, error() {} }
     const dir = join(PACKAGE_ROOT, 'migrations')
@@ -83,7 +83,7 @@ describe('migrate', () => {
       UNION ALL SELECT 'type ' || typname FROM pg_type WHERE typnamespace = 'public'::regnamespace
       UNION ALL SELECT 'function ' || proname FROM pg_proc WHERE pronamespace = 'public'::regnamespace`)
     expect(rows).toEqual([])
-    expect(await migrate(database.url)).toEqual(MIGRATIONS)
+    expect(await migrate(database.config)).toEqual(MIGRATIONS)
   })
 })
 
@@ -113,7 +113,7 @@ describe('a_sink_refuses', () => {
   })
 
   test('a_newer_database_and_says_what_to_do', async () => {
-    await migrate(database.url)
+    await migrate(database.config)
     await database.pool.query(`INSERT INTO calltape_migrations (name, run_on) VALUES ('9999_from_the_future', now())`)
     expect(await refusal()).toMatch(/^DATABASE_URL: .*newer.*9999_from_the_future.*Update calltape\.$/)
   })
@@ -150,7 +150,7 @@ describe('the_contract', () => {
     )
 
   test('the_schema_fits', async () => {
-    await expect(requireSchema(database.pool)).resolves.toBeUndefined()
+    await expect(requireSchema(database.pool, database.config)).resolves.toBeUndefined()
   })
 
   test('call_transcript_turns', async () => {

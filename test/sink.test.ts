@@ -452,7 +452,7 @@ describe('at_once', () => {
 
   /** Milliseconds from sending each of `count` events, one after the other, to hearing that they are committed. */
   async function latencies(count: number): Promise<number[]> {
-    const pool = createPool(calls.stack.config.DATABASE_URL, 'test-listen', 1)
+    const pool = createPool(calls.stack.config, 'test-listen', 1)
     const client = await pool.connect()
     let heard = () => {}
     client.on('notification', () => heard())

@@ -12,7 +12,7 @@ import type { KillableStore } from '../support/killable-stores.js'
 import { figure } from '../support/metrics.js'
 import { lastingPort, Service } from '../support/processes.js'
 import { Relay } from '../support/relay.js'
-import { freshDatabase, freshRedis, log, patientPool, until } from '../support/stores.js'
+import { freshDatabase, freshRedis, inPublic, log, patientPool, until } from '../support/stores.js'
 
 export interface RigPlan {
   /** Of which test: it prints the logs when that fails, and ends with it. */
@@ -120,7 +120,7 @@ async function openStores(plan: RigPlan, ends: (() => Promise<unknown>)[]): Prom
     return { ...stores, databaseUrl: url, pool }
   }
   const { url } = plan.postgres
-  await migrate(url)
+  await migrate(inPublic(url))
   const pool = patientPool(url, 'test', 4)
   ends.push(() => pool.end())
   return { ...stores, databaseUrl: url, pool }

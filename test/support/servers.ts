@@ -32,12 +32,13 @@ export default async function setup(project: TestProject): Promise<() => Promise
   project.provide('databaseUrl', databaseUrl)
 
   // Each suite's database is a copy of this one: much faster than migrating every time.
-  const pool = createPool(databaseUrl, 'test-setup', 1)
+  const inPublic = (DATABASE_URL: string) => ({ DATABASE_URL, DATABASE_SCHEMA: 'public' })
+  const pool = createPool(inPublic(databaseUrl), 'test-setup', 1)
   await pool.query(`DROP DATABASE IF EXISTS ${TEMPLATE_DATABASE}`)
   await pool.query(`CREATE DATABASE ${TEMPLATE_DATABASE}`)
   const template = new URL(databaseUrl)
   template.pathname = `/${TEMPLATE_DATABASE}`
-  await migrate(template.href, say)
+  await migrate(inPublic(template.href), say)
   return async () => {
     await pool.query(`DROP DATABASE ${TEMPLATE_DATABASE}`)
     await pool.end()

@@ -10,7 +10,7 @@ import { inject } from 'vitest'
 import { startRedis } from '../../cli/local-redis.js'
 import type { LocalServer } from '../../cli/local-server.js'
 import { type Ingest, startIngest } from '../../ingest/ingest.js'
-import { type Config, childEnvironment, readConfig } from '../../shared/config.js'
+import { type Config, childEnvironment, type DatabaseConfig, readConfig } from '../../shared/config.js'
 import { Partitions } from '../../shared/keys.js'
 import { createLog } from '../../shared/log.js'
 import { createPool, type Pool } from '../../shared/postgres.js'
@@ -69,13 +69,17 @@ export async function ownRedis(mode: 'single' | 'cluster' = 'single'): Promise<L
 
 export interface Database {
   url: string
+  /** What `createPool` and `migrate` want. */
+  config: DatabaseConfig
   pool: Pool
   drop(): Promise<void>
 }
 
+export const inPublic = (DATABASE_URL: string): DatabaseConfig => ({ DATABASE_URL, DATABASE_SCHEMA: 'public' })
+
 /** Suites that keep a small machine busy must not fail for it. */
 export function patientPool(url: string, name: string, max: number): Pool {
-  const pool = createPool(url, name, max)
+  const pool = createPool(inPublic(url), name, max)
   pool.options.connectionTimeoutMillis = 30_000
   return pool
 }
@@ -90,6 +94,7 @@ export async function freshDatabase(migrated = true): Promise<Database> {
   const pool = patientPool(url.href, 'test', 4)
   return {
     url: url.href,
+    config: inPublic(url.href),
     pool,
     async drop() {
       await pool.end()
