@@ -1,5 +1,7 @@
 /** The live session of calls, as Redis has it. Reads pages, never all calls in one command. */
-import { GROUP, type PartitionKeys, type Partitions } from '../shared/keys.js'
+import { setTimeout as sleep } from 'node:timers/promises'
+import { type CallEvent, parseJson, Refusal } from '../shared/events.js'
+import { EVENT_FIELD, GROUP, type PartitionKeys, type Partitions } from '../shared/keys.js'
 import type { RedisClient } from '../shared/redis.js'
 
 /** Fields of the session that are calltape's own business. */
@@ -92,4 +94,54 @@ function groupLag(groups: unknown[]): number | null {
     if (info.get('name') === GROUP) return typeof info.get('lag') === 'number' ? (info.get('lag') as number) : null
   }
   return null
+}
+
+/** Entries looked through at a time. */
+const PAGE_ENTRIES = 500
+/** Whoever sends a report waits for its answer. */
+const LOOK_TIMEOUT_MS = 2000
+
+/**
+ * Has Redis turns of a call with other ids than these?
+ *
+ * @returns false also when Redis does not say so in time: turns that come twice are better than none
+ */
+export async function hasOtherTurns(
+  client: RedisClient,
+  partitions: Partitions,
+  callSid: string,
+  ids: ReadonlySet<unknown>,
+): Promise<boolean> {
+  const stream = partitions.of(callSid).streamPrefix + callSid
+  const look = async (): Promise<boolean> => {
+    for (let from = '-'; ; ) {
+      const page = await client.xrange(stream, from, '+', 'COUNT', PAGE_ENTRIES)
+      if (page.some(([, fields]) => isOtherTurn(fields, ids))) return true
+      if (page.length < PAGE_ENTRIES) return false
+      from = `(${page.at(-1)![0]}`
+    }
+  }
+  return await inTime(look())
+}
+
+/**
+ * Has somebody answered a call?
+ *
+ * @returns false also when Redis does not say so in time
+ */
+export async function isAnswered(client: RedisClient, partitions: Partitions, callSid: string): Promise<boolean> {
+  const status = client.hget(partitions.of(callSid).sessionPrefix + callSid, 'status')
+  return await inTime(status.then((said) => said === 'in-progress' || said === 'completed'))
+}
+
+async function inTime(answer: Promise<boolean>): Promise<boolean> {
+  const late = sleep(LOOK_TIMEOUT_MS, false, { ref: false })
+  return await Promise.race([answer.catch(() => false), late])
+}
+
+function isOtherTurn(fields: string[], ids: ReadonlySet<unknown>): boolean {
+  const event = parseJson(fields[fields.indexOf(EVENT_FIELD) + 1] ?? '')
+  if (event instanceof Refusal || typeof event !== 'object' || event === null) return false
+  const { type, id } = event as Partial<CallEvent>
+  return type === 'turn' && !ids.has(id)
 }

@@ -1,8 +1,9 @@
 /** `POST /v1/events`: a body of events, each judged by itself; answered once Redis (or the spool) has the good ones. */
 import { isUtf8 } from 'node:buffer'
 import { setImmediate as endOfTurn } from 'node:timers/promises'
-import { type CallEvent, parseEvent, parseJson, Refusal } from '../shared/events.js'
+import { type CallEvent, type Parsed, parseEvent, parseJson, Refusal } from '../shared/events.js'
 import type { IngestMetrics } from '../shared/metrics.js'
+import { parseCloudEvent } from './cloudevents.js'
 import type { Deliveries } from './deliver.js'
 
 export interface Answer {
@@ -42,11 +43,33 @@ const tooMany = problem(
   `a body has at most ${MAX_BODY_EVENTS} events or lines`,
 )
 
-/** The events of a body, in order; a Refusal where one cannot be read. */
-function readBody(contentType: string, text: string): unknown[] | Answer {
-  const events = contentType === 'application/x-ndjson' ? readLines(text) : readJson(text)
-  return Array.isArray(events) && events.length > MAX_BODY_EVENTS ? tooMany : events
+interface Format {
+  /** The events of a body, in order; a Refusal where one cannot be read. */
+  read(text: string): unknown[] | Answer
+  parse(given: unknown): Parsed | Refusal
 }
+
+const FORMATS = new Map<string, Format>([
+  ['application/json', { read: readJson, parse: parseEvent }],
+  ['application/x-ndjson', { read: readLines, parse: parseEvent }],
+  ['application/cloudevents+json', { read: readOne, parse: parseCloudEvent }],
+  ['application/cloudevents-batch+json', { read: readArray, parse: parseCloudEvent }],
+])
+
+function readOne(text: string): unknown[] | Answer {
+  const parsed = parseJson(text)
+  return parsed instanceof Refusal ? unreadable(parsed) : [parsed]
+}
+
+function readArray(text: string): unknown[] | Answer {
+  const parsed = parseJson(text)
+  if (parsed instanceof Refusal) return unreadable(parsed)
+  return Array.isArray(parsed)
+    ? parsed
+    : unreadable(new Refusal('not_an_array', 'a batch of CloudEvents is a JSON array'))
+}
+
+const unreadable = ({ code, message }: Refusal): Answer => problem('400 Bad Request', code, message)
 
 function readLines(text: string): unknown[] | Answer {
   const lines = text.split('\n', MAX_BODY_EVENTS + 2)
@@ -56,11 +79,9 @@ function readLines(text: string): unknown[] | Answer {
 
 function readJson(text: string): unknown[] | Answer {
   const parsed = parseJson(text)
-  if (parsed instanceof Refusal) return problem('400 Bad Request', parsed.code, parsed.message)
+  if (parsed instanceof Refusal) return unreadable(parsed)
   return Array.isArray(parsed) ? parsed : [parsed]
 }
-
-const CONTENT_TYPES = ['application/json', 'application/x-ndjson']
 
 /**
  * @param contentType the header's value
@@ -76,17 +97,19 @@ export async function postEvents(
   const spool = query.get('spool') ?? 'false'
   if (spool !== 'true' && spool !== 'false') return badQuery('spool wants true or false')
   const mediaType = contentType.split(';')[0]!.trim().toLowerCase()
-  if (!CONTENT_TYPES.includes(mediaType)) {
-    const wants = `Content-Type wants ${CONTENT_TYPES.join(' or ')}; got ${contentType.slice(0, 100) || 'none'}`
+  const format = FORMATS.get(mediaType)
+  if (!format) {
+    const wants = `Content-Type wants ${[...FORMATS.keys()].join(' or ')}; got ${contentType.slice(0, 100) || 'none'}`
     return problem('415 Unsupported Media Type', 'unsupported_media_type', wants)
   }
   if (!isUtf8(body)) return problem('400 Bad Request', 'invalid_utf8', 'the body is not UTF-8')
   const spoolable = spool === 'true' && deliveries.spool !== undefined
   if (!spoolable && deliveries.appender.isFull) return overloaded('the stores cannot take more now')
-  const given = readBody(mediaType, body.toString('utf8'))
+  const given = format.read(body.toString('utf8'))
   if (!Array.isArray(given)) return given
+  if (given.length > MAX_BODY_EVENTS) return tooMany
 
-  const { events, indexes, rejected } = await judge(given, metrics)
+  const { events, indexes, rejected } = await judge(given, format, metrics)
   const delivered = await (spoolable ? deliveries.deliverOrSpool(events) : deliveries.deliver(events))
   if (delivered.state === 'unavailable') return overloaded(delivered.reason ?? 'the stores cannot take more now')
   for (const { index, refusal } of delivered.refused) rejected.push({ index: indexes[index]!, ...refusal })
@@ -98,13 +121,13 @@ export async function postEvents(
 }
 
 /** @returns the good ones with their places in the body, and the others by name */
-async function judge(given: unknown[], metrics: IngestMetrics) {
+async function judge(given: unknown[], format: Format, metrics: IngestMetrics) {
   const events: CallEvent[] = []
   const indexes: number[] = []
   const rejected: Rejected[] = []
   for (const [index, each] of given.entries()) {
     if (index > 0 && index % SLICE_EVENTS === 0) await endOfTurn()
-    const parsed = each instanceof Refusal ? each : parseEvent(each)
+    const parsed = each instanceof Refusal ? each : format.parse(each)
     if (parsed instanceof Refusal) {
       metrics.refused.inc({ code: parsed.code })
       rejected.push({ index, ...parsed })

@@ -32,7 +32,7 @@ export async function startIngest(config: Config, log: Logger): Promise<Ingest> 
     const metrics = createIngestMetrics()
     const { partitions, appender } = await prepare(redis, config, metrics, log)
     const deliveries = new Deliveries(appender)
-    const routes = new IngestRoutes({ config, redis, partitions, appender, deliveries, metrics })
+    const routes = new IngestRoutes({ config, redis, partitions, appender, deliveries, metrics, log })
     const server = await serve(host, config, routes)
     try {
       // Not before the port is ours: a second ingest on this machine, started by mistake, must not take the spool away.

@@ -2,13 +2,15 @@
 import type { Config } from '../shared/config.js'
 import { parseEvent, Refusal } from '../shared/events.js'
 import type { Partitions } from '../shared/keys.js'
+import type { Logger } from '../shared/log.js'
 import type { IngestMetrics } from '../shared/metrics.js'
 import type { RedisClient } from '../shared/redis.js'
 import type { Appender } from './append.js'
 import { listOpenCalls, readLiveCall } from './calls.js'
 import type { Deliveries } from './deliver.js'
 import { type Answer, badQuery, notServing, postEvents, problem } from './http.js'
-import type { Connection, Routes } from './server.js'
+import { ProviderRoutes } from './provider-routes.js'
+import type { Connection, RequestHead, Routes } from './server.js'
 import { OVERLOADED, type Socket, StreamConnection } from './stream.js'
 
 /** Events that wait for Redis for longer make the process unready, so that a balancer sends producers elsewhere. */
@@ -21,12 +23,17 @@ export interface IngestParts {
   appender: Appender
   deliveries: Deliveries
   metrics: IngestMetrics
+  log: Logger
 }
 
 export class IngestRoutes implements Routes {
   phase: 'starting' | 'serving' | 'stopping' = 'starting'
 
-  constructor(private readonly parts: IngestParts) {}
+  private readonly providers: ProviderRoutes
+
+  constructor(private readonly parts: IngestParts) {
+    this.providers = new ProviderRoutes(parts)
+  }
 
   stream(socket: Socket, query: URLSearchParams): Connection | Refusal {
     const { config, appender, metrics } = this.parts
@@ -57,6 +64,14 @@ export class IngestRoutes implements Routes {
   async postEvents(contentType: string, query: URLSearchParams, body: Buffer): Promise<Answer> {
     if (this.phase !== 'serving') return notServing(this.phase)
     return postEvents(contentType, query, body, this.parts.deliveries, this.parts.metrics)
+  }
+
+  async webhook(head: RequestHead, body: Buffer): Promise<Answer> {
+    return this.phase === 'serving' ? this.providers.webhook(head, body) : notServing(this.phase)
+  }
+
+  providerStream(head: RequestHead): Connection | Answer {
+    return this.phase === 'serving' ? this.providers.stream(head) : notServing(this.phase)
   }
 
   async listCalls(query: URLSearchParams): Promise<Answer> {

@@ -1,9 +1,9 @@
 /** The network side of ingest, and the only file that knows uWebSockets.js: routes, bodies, tokens, sockets. */
 
 import uWS from 'uWebSockets.js'
-import { createHash, timingSafeEqual } from 'node:crypto'
 import { OperatorError } from '../shared/config.js'
 import { Refusal } from '../shared/events.js'
+import { bearerToken, secretCheck } from './auth.js'
 import { type Answer, overloaded, problem } from './http.js'
 import { CLOSE_GOING_AWAY, CLOSE_OVERLOADED, CLOSE_REFUSED, type Socket } from './stream.js'
 
@@ -15,9 +15,24 @@ export interface Connection {
   closed(code: number): void
 }
 
+/** A request without its body. */
+export interface RequestHead {
+  method: string
+  path: string
+  queryString: string
+  query: URLSearchParams
+  isWebSocket: boolean
+  /** @param name in lower case @returns the header's value, empty when there is none */
+  header(name: string): string
+}
+
 export interface Routes {
   /** A new `/v1/stream` connection; a Refusal closes it. */
   stream(socket: Socket, query: URLSearchParams): Connection | Refusal
+  /** Anything below `/webhooks/`. */
+  webhook(head: RequestHead, body: Buffer): Promise<Answer>
+  /** A WebSocket below `/streams/` that wants to be opened; an Answer turns it away. */
+  providerStream(head: RequestHead): Connection | Answer
   postEvents(contentType: string, query: URLSearchParams, body: Buffer): Promise<Answer>
   listCalls(query: URLSearchParams): Promise<Answer>
   getCall(callSid: string): Promise<Answer>
@@ -49,10 +64,12 @@ const IDLE_SECONDS = 60
 const LINGER_MS = 1000
 /** uSockets' LIBUS_LISTEN_EXCLUSIVE_PORT. Without it a second ingest would silently share the port with the first. */
 const EXCLUSIVE_PORT = 1
+const NO_BODY = Buffer.alloc(0)
 const JSON_TYPE = 'application/json; charset=utf-8'
 
 interface SocketData {
-  query: string
+  /** Whoever takes its messages; a Refusal closes it. */
+  connect(socket: Socket): Connection | Refusal
   connection?: Connection
 }
 
@@ -69,12 +86,15 @@ export function listen(options: ServerOptions, routes: Routes): Promise<Server> 
     const query = new URLSearchParams(req.getQuery())
     const answer = respond(res, req)
     if (!allowed(req)) return answer(UNAUTHORIZED, true)
-    if (Number(req.getHeader('content-length') || 0) > options.maxBodyBytes) return answer(tooLarge(options), true)
-    readBody(res, options.maxBodyBytes, (body) => {
-      if (body === undefined) answer(tooLarge(options), true)
-      else answerWith(answer, routes.postEvents(contentType, query, body))
-    })
+    withBody(res, req, options, answer, (body) => routes.postEvents(contentType, query, body))
   })
+  app.post('/webhooks/*', (res, req) => {
+    const head = readHead(req)
+    const answer = respond(res, req)
+    withBody(res, req, options, answer, (body) => routes.webhook(head, body))
+  })
+  app.get('/webhooks/*', (res, req) => answerWith(respond(res, req), routes.webhook(readHead(req), NO_BODY)))
+  anythingElse(app, '/webhooks/*', 'GET, POST')
   anythingElse(app, '/v1/events', 'POST')
   const get = (path: string, handle: (req: uWS.HttpRequest) => Promise<Answer> | Answer, needsToken: boolean) => {
     const handler = (res: uWS.HttpResponse, req: uWS.HttpRequest) => {
@@ -85,8 +105,21 @@ export function listen(options: ServerOptions, routes: Routes): Promise<Server> 
     app.get(path, handler).head(path, handler)
     anythingElse(app, path, 'GET, HEAD')
   }
-  addStream(app, options, routes, allowed, open)
-  get('/v1/stream', () => UPGRADE_REQUIRED, true)
+  const upgrade = webSocketsOn(app, options, open)
+  upgrade('/v1/stream', (req) => {
+    if (!allowed(req)) return UNAUTHORIZED
+    // Without tokens, any page in a browser on this machine could write calls. Browsers say where a page is from.
+    if (options.tokens.length === 0 && req.getHeader('origin') !== '') return FROM_A_PAGE
+    const query = new URLSearchParams(req.getQuery())
+    return (socket) => routes.stream(socket, query)
+  })
+  get('/v1/stream', () => upgradeRequired('/v1/stream'), true)
+  upgrade('/streams/*', (req) => {
+    const connection = routes.providerStream({ ...readHead(req), isWebSocket: true })
+    return 'status' in connection ? connection : () => connection
+  })
+  get('/streams/:provider', (req) => upgradeRequired(req.getUrl()), false)
+  get('/streams/:provider/:secret', () => upgradeRequired('/streams/PROVIDER'), false)
   get('/v1/calls', (req) => routes.listCalls(new URLSearchParams(req.getQuery())), true)
   get('/v1/calls/:call_sid', (req) => routes.getCall(decode(req.getParameter(0))), true)
   get('/metrics', () => routes.metrics(), false)
@@ -104,9 +137,13 @@ export function listen(options: ServerOptions, routes: Routes): Promise<Server> 
         reject(new OperatorError(`INGEST_PORT, INGEST_HOST: ${message}`))
         return
       }
+      let listening: uWS.us_listen_socket | undefined = socket
       resolve({
         port: uWS.us_socket_local_port(socket),
-        stopListening: () => uWS.us_listen_socket_close(socket),
+        stopListening: () => {
+          if (listening) uWS.us_listen_socket_close(listening) // closed twice, it would take the process with it
+          listening = undefined
+        },
         closeConnections: () => {
           for (const ws of [...open])
             ws.end(CLOSE_GOING_AWAY, 'calltape is going away: reconnect and resend what was not acked')
@@ -137,24 +174,24 @@ function anythingElse(app: uWS.TemplatedApp, path: string, methods: string): voi
   app.any(path, (res, req) => respond(res, req)(answer, true))
 }
 
-function addStream(
-  app: uWS.TemplatedApp,
-  options: ServerOptions,
-  routes: Routes,
-  allowed: (req: uWS.HttpRequest) => boolean,
-  open: Set<UwsSocket>,
-): void {
-  app.ws<SocketData>('/v1/stream', {
+type Upgrade = (req: uWS.HttpRequest) => SocketData['connect'] | Answer
+
+/** @returns adds a path whose WebSockets are handed to whom `decide` names; its Answer turns them away */
+function webSocketsOn(app: uWS.TemplatedApp, options: ServerOptions, open: Set<UwsSocket>) {
+  return (path: string, decide: Upgrade) => app.ws<SocketData>(path, webSockets(options, open, decide))
+}
+
+function webSockets(options: ServerOptions, open: Set<UwsSocket>, decide: Upgrade): uWS.WebSocketBehavior<SocketData> {
+  return {
     maxPayloadLength: options.maxMessageBytes,
     maxBackpressure: MAX_UNREAD_BYTES,
     idleTimeout: IDLE_SECONDS,
     sendPingsAutomatically: true,
     upgrade(res, req, context) {
-      if (!allowed(req)) return respond(res, req)(UNAUTHORIZED)
-      // Without tokens, any page in a browser on this machine could write calls. Browsers say where a page is from.
-      if (options.tokens.length === 0 && req.getHeader('origin') !== '') return respond(res, req)(FROM_A_PAGE)
+      const connect = decide(req)
+      if (typeof connect !== 'function') return respond(res, req)(connect)
       res.upgrade<SocketData>(
-        { query: req.getQuery() },
+        { connect },
         req.getHeader('sec-websocket-key'),
         req.getHeader('sec-websocket-protocol'),
         req.getHeader('sec-websocket-extensions'),
@@ -173,7 +210,7 @@ function addStream(
           if (open.has(ws)) ws.end(code, reason)
         },
       }
-      const connection = routes.stream(socket, new URLSearchParams(data.query))
+      const connection = data.connect(socket)
       if (connection instanceof Refusal) {
         ws.end(CLOSE_CODES[connection.code] ?? CLOSE_REFUSED, closeReason(connection.message))
         return
@@ -188,7 +225,7 @@ function addStream(
       open.delete(ws)
       ws.getUserData().connection?.closed(code)
     },
-  })
+  }
 }
 
 /** Of a Refusal whose client should come again; any other will be refused again. */
@@ -199,11 +236,14 @@ function closeReason(text: string): string {
   return new TextDecoder().decode(Buffer.from(text).subarray(0, 123), { stream: true })
 }
 
-const UPGRADE_REQUIRED = problem('426 Upgrade Required', 'upgrade_required', '/v1/stream is a WebSocket', {
-  Upgrade: 'websocket',
-})
+const upgradeRequired = (path: string) =>
+  problem('426 Upgrade Required', 'upgrade_required', `${path} is a WebSocket`, { Upgrade: 'websocket' })
 
-const FROM_A_PAGE = problem('403 Forbidden', 'forbidden', 'web pages may connect only where INGEST_TOKENS is set')
+export const FROM_A_PAGE = problem(
+  '403 Forbidden',
+  'forbidden',
+  'web pages may connect only where INGEST_TOKENS is set',
+)
 const UNAUTHORIZED = problem(
   '401 Unauthorized',
   'unauthorized',
@@ -217,16 +257,28 @@ function tooLarge(options: ServerOptions): Answer {
   return problem('413 Payload Too Large', 'too_large', `a body has at most ${options.maxBodyBytes} bytes`)
 }
 
-/** Compares digests, so that neither the time nor the length tells how much of a token was right. */
 function tokenCheck(tokens: string[]): (req: uWS.HttpRequest) => boolean {
   if (tokens.length === 0) return () => true
-  const digest = (token: string) => createHash('sha256').update(token).digest()
-  const digests = tokens.map(digest)
+  const isToken = secretCheck(tokens)
   return (req) => {
-    const [, token] = /^Bearer +(\S+) *$/i.exec(req.getHeader('authorization')) ?? []
-    if (token === undefined) return false
-    const given = digest(token)
-    return digests.filter((each) => timingSafeEqual(each, given)).length > 0
+    const token = bearerToken(req.getHeader('authorization'))
+    return token !== undefined && isToken(token)
+  }
+}
+
+/** What is needed of a request later: uWebSockets.js takes it back after its handler. */
+function readHead(req: uWS.HttpRequest): RequestHead {
+  const headers = new Map<string, string>()
+  req.forEach((name, value) => {
+    headers.set(name, value)
+  })
+  return {
+    method: req.getMethod().toUpperCase(),
+    path: req.getUrl(),
+    queryString: req.getQuery() ?? '',
+    query: new URLSearchParams(req.getQuery()),
+    isWebSocket: false,
+    header: (name) => headers.get(name) ?? '',
   }
 }
 
@@ -261,6 +313,24 @@ function answerWith(answer: AnswerFunction, result: Promise<Answer> | Answer): v
   Promise.resolve(result)
     .then((value) => answer(value))
     .catch((error: Error) => answer(overloaded(error.message)))
+}
+
+/** Answers 413 instead of calling `handle` when the body is too large. */
+function withBody(
+  res: uWS.HttpResponse,
+  req: uWS.HttpRequest,
+  options: ServerOptions,
+  answer: AnswerFunction,
+  handle: (body: Buffer) => Promise<Answer>,
+): void {
+  if (Number(req.getHeader('content-length') || 0) > options.maxBodyBytes) {
+    answer(tooLarge(options), true)
+    return
+  }
+  readBody(res, options.maxBodyBytes, (body) => {
+    if (body === undefined) answer(tooLarge(options), true)
+    else answerWith(answer, handle(body))
+  })
 }
 
 /** @param done gets undefined when the body is larger than `maxBytes` */

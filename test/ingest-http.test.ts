@@ -210,7 +210,8 @@ describe('POST /v1/events', () => {
     for (const type of ['text/plain', 'application/x-www-form-urlencoded', 'application/jsonx', 'json', ' ', ';']) {
       const reply = await post(ingest, body, type)
       expect([reply.status, codeOf(reply)], type).toEqual([415, 'unsupported_media_type'])
-      expect(messageOf(reply)).toContain(`wants application/json or ${NDJSON}; got ${type.trim() || 'none'}`)
+      expect(messageOf(reply)).toContain(`wants application/json or ${NDJSON} or application/cloudevents+json`)
+      expect(messageOf(reply)).toContain(`; got ${type.trim() || 'none'}`)
     }
     const none = await raw(ingest, `POST /v1/events HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}`)
     expect(none).toMatch(/^HTTP\/1\.1 415 [\s\S]*got none/)
