@@ -6,6 +6,7 @@ import { armCrash } from '../shared/crash.js'
 import { createLog } from '../shared/log.js'
 import { readPackageFile } from '../shared/package-root.js'
 import type { ChoiceOptions, ListOptions } from './quarantine.js'
+import type { RescueOptions } from './rescue.js'
 import type { VerifyOptions } from './verify.js'
 
 const { version, description } = JSON.parse(readPackageFile('package.json')) as { version: string; description: string }
@@ -100,6 +101,23 @@ program
   .option('--json', 'as JSON')
   .option(...DATA_OPTION)
   .action(async (options: VerifyOptions) => (await import('./verify.js')).verify(options))
+
+program
+  .command('rescue')
+  .description("bring a legacy bot's sessions (JSON blobs in Redis) into calltape; exit code 1 if any cannot be read")
+  .option('--source <url>', "the bot's Redis, where it is not REDIS_URL; it is only read")
+  .option('--match <pattern>', 'the keys of its sessions; behind the last : before the * is the call_sid', 'session:*')
+  .option('--dry-run', 'append nothing, only say what would be')
+  .option('--watch', 'go on until stopped')
+  .option(
+    '--every <seconds>',
+    'with --watch: how often all keys are read (2; 30 with notifications)',
+    positive('--every'),
+  )
+  .option('--wait <seconds>', 'how long to wait until PostgreSQL has it all', '10')
+  .option('--json', 'the report as JSON')
+  .option(...DATA_OPTION)
+  .action(async (options: RescueOptions) => (await import('./rescue.js')).rescue(options))
 
 const quarantine = program.command('quarantine').description('what could not be stored: list, show, retry, drop')
 

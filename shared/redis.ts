@@ -12,7 +12,7 @@ import { readPackageFile } from './package-root.js'
 
 export type RedisClient = Redis | Cluster
 
-const MIN_VERSION = [7, 0] as const
+const MIN_VERSION = '7.0'
 /** A connection that owes a reply for so long is given up: TCP alone would wait a quarter of an hour for a dead machine. */
 const SILENCE_MS = 5000
 
@@ -23,9 +23,10 @@ const SILENCE_MS = 5000
  * is for the caller to decide. (ioredis by itself sends everything again in its own order, after up to 20 reconnects.)
  *
  * @param url one URL, or several, comma-separated: the nodes of a Cluster
- * @throws OperatorError when the first connection fails, or the server is older than 7.0
+ * @param minVersion of the server: calltape's own scripts want 7.0
+ * @throws OperatorError when the first connection fails, or the server is older
  */
-export async function connectRedis(url: string, log: Logger): Promise<RedisClient> {
+export async function connectRedis(url: string, log: Logger, minVersion = MIN_VERSION): Promise<RedisClient> {
   const urls = url.split(',').map((u) => u.trim())
   const common = {
     maxRetriesPerRequest: 0,
@@ -67,7 +68,7 @@ export async function connectRedis(url: string, log: Logger): Promise<RedisClien
   })
   try {
     await client.connect()
-    await checkServer(client)
+    await checkServer(client, minVersion)
   } catch (error) {
     client.disconnect()
     if (error instanceof OperatorError) throw error
@@ -76,18 +77,20 @@ export async function connectRedis(url: string, log: Logger): Promise<RedisClien
   return client
 }
 
-async function checkServer(client: RedisClient): Promise<void> {
+async function checkServer(client: RedisClient, minVersion: string): Promise<void> {
   const info = await client.info('server')
   if (client instanceof Redis && info.includes('redis_mode:cluster')) {
     throw new OperatorError('REDIS_URL names one node of a Cluster: name several of its nodes, comma-separated')
   }
-  const version = /redis_version:(\d+)\.(\d+)/.exec(info)
-  const [major, minor] = [Number(version?.[1]), Number(version?.[2])]
-  if (major < MIN_VERSION[0] || (major === MIN_VERSION[0] && minor < MIN_VERSION[1])) {
-    throw new OperatorError(
-      `REDIS_URL: Redis ${major}.${minor} is too old, calltape needs ${MIN_VERSION.join('.')} or newer`,
-    )
+  const version = /redis_version:(\d+\.\d+)/.exec(info)?.[1] ?? 'of no known version'
+  if (!(placeOf(version) >= placeOf(minVersion))) {
+    throw new OperatorError(`REDIS_URL: Redis ${version} is too old, calltape needs ${minVersion} or newer`)
   }
+}
+
+function placeOf(version: string): number {
+  const [major, minor] = version.split('.').map(Number)
+  return major! * 1000 + minor!
 }
 
 /** Says what could make this Redis lose events: that it may evict keys, or keeps nothing on disk. */

@@ -47,6 +47,51 @@ test.skipIf(!hasPython)('the_python_example_stores_a_call (skipped where there i
   expect(await transcript('my-third-call')).toEqual({ complete: true, texts: ['नमस्ते!', 'Hello.'] })
 })
 
+/** Runs curl examples; any that is refused fails (`curl -f`, and bash stops there). */
+const runCurls = (marker: string) => run('bash', ['-euo', 'pipefail', '-c', example('sh', marker)])
+
+const session = (callSid: string) =>
+  until(`${callSid} is in call_sessions`, async () => {
+    const { rows } = await stack.database.pool.query('SELECT * FROM call_sessions WHERE call_sid = $1', [callSid])
+    return rows[0] as Record<string, unknown> | undefined
+  })
+
+test('the_exotel_examples_store_a_call', async () => {
+  await runCurls('webhooks/exotel')
+  await transcript('my-exotel-call')
+  const digits = async () => ((await session('my-exotel-call')).collected_data as { digits?: string } | null)?.digits
+  await until('the digits are there', async () => (await digits()) === '42')
+  expect(await session('my-exotel-call')).toMatchObject({ status: 'completed', duration_seconds: 42 })
+})
+
+test('the_twilio_examples_store_a_complete_call', async () => {
+  await runCurls('webhooks/twilio')
+  expect(await transcript('CA-my-call')).toEqual({ complete: true, texts: ['Hello?'] })
+  await until('its recording is there', async () => (await session('CA-my-call')).recording_url !== null)
+  expect(await session('CA-my-call')).toMatchObject({ status: 'completed', duration_seconds: 35, direction: 'inbound' })
+})
+
+test('the_other_providers_examples_store_a_call_each', async () => {
+  await runCurls('my-vapi-call')
+  for (const [callSid, ...texts] of [
+    ['my-vapi-call', 'Is anybody there?'],
+    ['my-retell-call', 'Hello.', 'Wrong number.'],
+    ['my-elevenlabs-call', 'Hello.'],
+    ['my-telnyx-call'],
+    ['my-plivo-call'],
+    ['CON-my-vonage-call'],
+    ['my-jambonz-call'],
+    ['my-cloud-call', 'Hello?'],
+  ]) {
+    expect({ callSid, ...(await transcript(callSid!)) }).toMatchObject({ callSid, texts })
+  }
+  for (const callSid of ['my-livekit-call', 'my-pipecat-call']) {
+    const sql = 'SELECT text FROM call_transcript_turns WHERE call_sid = $1'
+    const turn = async () => (await stack.database.pool.query<{ text: string }>(sql, [callSid])).rows[0]
+    expect(await until(`${callSid} has its turn`, turn)).toEqual({ text: 'Hello?' })
+  }
+})
+
 test('the_sql_example_runs', async () => {
   for (const statement of example('sql', 'my-third-call')
     .split(';')
