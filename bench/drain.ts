@@ -1,5 +1,4 @@
 /** A backlog that has grown while no sink ran, drained at full speed; against plain COPY of the very same rows. */
-
 import { Readable } from 'node:stream'
 import { pipeline } from 'node:stream/promises'
 import { from as copyFrom, to as copyTo } from 'pg-copy-streams'

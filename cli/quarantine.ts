@@ -115,7 +115,6 @@ export async function retry(ids: string[], options: ChoiceOptions): Promise<void
     await withPool(options, RETRY_SETTINGS, async (pool) => {
       const legacy = await openLegacy(pool, config)
       await retryQuarantined(pool, choice, { entry, finalized }, legacy)
-      await untilFilled(legacy, pool)
     })
   } finally {
     redis.disconnect()
@@ -144,17 +143,13 @@ async function openLegacy(pool: Pool, config: Config): Promise<Legacy | undefine
     filled: () => undefined,
     failed: (callSid, reason) =>
       console.error(`call ${callSid}: its row in LEGACY_CALL_SESSIONS stays as it is: ${reason}`),
-    held: () => undefined,
+    held(callSids) {
+      for (const callSid of callSids) {
+        console.error(`call ${callSid}: its row in LEGACY_CALL_SESSIONS is locked: a sink fills it once it is not`)
+      }
+    },
   })
   return legacy
-}
-
-/** Rows there that are locked get a second chance; a sink would have more. */
-async function untilFilled(legacy: Legacy | undefined, pool: Pool): Promise<void> {
-  await legacy?.fillHeld(pool)
-  for (const callSid of legacy?.heldCalls ?? []) {
-    console.error(`call ${callSid}: its row in LEGACY_CALL_SESSIONS stays as it is: it is locked`)
-  }
 }
 
 const configOf = ({ data }: StackOptions) => readConfig({ ...runningStack(data), ...givenEnvironment() })

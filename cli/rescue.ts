@@ -2,20 +2,20 @@
 import { Appender } from '../ingest/append.js'
 import { Deliveries } from '../ingest/deliver.js'
 import { durabilityCheck } from '../ingest/durability.js'
-import { type Config, givenEnvironment, OperatorError, readConfig } from '../shared/config.js'
+import { type Config, givenEnvironment, isBug, OperatorError, readConfig } from '../shared/config.js'
 import { createLog, reasonOf } from '../shared/log.js'
 import { createIngestMetrics } from '../shared/metrics.js'
 import { createPool } from '../shared/postgres.js'
 import { askAtStart, connectRedis, openPartitions, type RedisClient, readPartitions } from '../shared/redis.js'
 import { requireReachable, requireSchema } from '../shared/schema.js'
 import { createLiveView, type LiveView } from './live-view.js'
-import { Stream } from './rescue-calls.js'
-import { Rescue } from './rescue-look.js'
-import { type News, subscribe } from './rescue-news.js'
-import { Report } from './rescue-report.js'
-import { connectSource, Source } from './rescue-source.js'
-import { waitUntilStored } from './rescue-stored.js'
-import { Watch } from './rescue-watch.js'
+import { Stream } from './rescue/calls.js'
+import { Rescue } from './rescue/look.js'
+import { type News, subscribe } from './rescue/news.js'
+import { Report } from './rescue/report.js'
+import { connectSource, Source } from './rescue/source.js'
+import { waitUntilStored } from './rescue/stored.js'
+import { Watch } from './rescue/watch.js'
 import { runningStack } from './stack.js'
 import { READ_SETTINGS } from './verify-rows.js'
 
@@ -65,7 +65,7 @@ export async function rescue(options: RescueOptions): Promise<void> {
     await (options.watch ? run.watch(options.every) : run.once(waitMs))
   } catch (error) {
     print()
-    if (error instanceof OperatorError || error instanceof TypeError || error instanceof RangeError) throw error
+    if (error instanceof OperatorError || isBug(error)) throw error
     const reason = reasonOf(error as Error)
     throw new OperatorError(`could not rescue to the end, run it again: ${reason}`, { cause: error })
   } finally {
@@ -182,7 +182,7 @@ class RescueRun {
       }
       await waitUntilStored(pool, this.rescue.savedTurns(), waitMs, this.signal, onLook)
     } catch (error) {
-      if (error instanceof TypeError || error instanceof RangeError) throw error
+      if (isBug(error)) throw error
       this.report.databaseFailure = reasonOf(error as Error)
     } finally {
       await pool.end()

@@ -1,5 +1,4 @@
 /** `calltape show CALL_SID`: a call as Redis and PostgreSQL have it now, and which of its turns are not in PostgreSQL yet. */
-
 import { type Config, givenEnvironment, OperatorError, readConfig } from '../shared/config.js'
 import { idempotencyKey, Refusal, type Turn } from '../shared/events.js'
 import { GROUP, type Partitions } from '../shared/keys.js'
@@ -19,7 +18,8 @@ interface ShownTurn {
   spokenAt: number
   interrupted: boolean
   inRedis: boolean
-  inPostgres: boolean
+  /** Null where PostgreSQL could not be asked. */
+  inPostgres: boolean | null
 }
 
 interface LiveState {
@@ -57,7 +57,7 @@ export async function show(callSid: string, options: { json?: boolean; data: str
         `  PostgreSQL at ${hostOf(config.DATABASE_URL)}, call_sessions and call_transcript_turns: ${answer(inPostgres)}`,
     )
   }
-  const turns = merge(live, stored?.turns ?? [])
+  const turns = merge(live, 'unreachable' in inPostgres ? undefined : (stored?.turns ?? []))
   if (options.json) {
     const { session } = stored ?? {}
     console.log(
@@ -139,7 +139,7 @@ function shownTurn(turn: Turn, key: string, receivedMs: number): ShownTurn {
     spokenAt: turn.ts ?? receivedMs,
     interrupted: turn.interrupted ?? false,
     inRedis: true,
-    inPostgres: false,
+    inPostgres: null,
   }
 }
 
@@ -161,10 +161,11 @@ async function readStored(pool: Pool, callSid: string): Promise<StoredState | un
   return session.rows[0] || rows.length > 0 ? { session: session.rows[0], turns: rows } : undefined
 }
 
-/** All turns of both stores in call order. */
-function merge(live: LiveState | undefined, stored: ShownTurn[]): ShownTurn[] {
+/** All turns of both stores in call order. @param stored undefined where PostgreSQL could not be asked */
+function merge(live: LiveState | undefined, stored: ShownTurn[] | undefined): ShownTurn[] {
   const turns = new Map(live?.turns)
-  for (const turn of stored) turns.set(turn.key, { ...turn, inRedis: turns.has(turn.key) })
+  if (stored) for (const turn of turns.values()) turn.inPostgres = false
+  for (const turn of stored ?? []) turns.set(turn.key, { ...turn, inRedis: turns.has(turn.key) })
   return [...turns.values()].sort(
     (a, b) => (a.seq !== null && b.seq !== null ? a.seq - b.seq : 0) || a.spokenAt - b.spokenAt,
   )
@@ -190,10 +191,10 @@ function print(
   for (const turn of turns) {
     const seconds = Math.floor((turn.spokenAt - start) / 1000)
     const clock = `${String(Math.floor(seconds / 60)).padStart(2, '0')}:${String(seconds % 60).padStart(2, '0')}`
-    const marks = `${turn.interrupted ? ' [interrupted]' : ''}${turn.inPostgres ? '' : '  ← not in PostgreSQL yet'}`
+    const marks = `${turn.interrupted ? ' [interrupted]' : ''}${turn.inPostgres === false ? '  ← not in PostgreSQL yet' : ''}`
     console.log(`[${clock}] ${turn.speaker}: ${turn.text}${marks}`)
   }
-  const missing = turns.filter((turn) => !turn.inPostgres)
+  const missing = turns.filter((turn) => turn.inPostgres === false)
   if (missing.length > 0) {
     const keys = missing.map((turn) => turn.key).join(', ')
     console.log(`\n${missing.length} of ${count(turns.length, 'turn')} not in PostgreSQL yet: ${keys}`)

@@ -1,7 +1,6 @@
 /** verify's side of Redis: which calls there are, how far their streams go, and their entries, a page at a time. */
-import { Cluster, type Redis } from 'ioredis'
 import { type CallPlace, GROUP, parseStreamKey, STREAM_PATTERN, sessionKey, streamKey } from '../shared/keys.js'
-import type { RedisClient } from '../shared/redis.js'
+import { mastersOf, type RedisClient } from '../shared/redis.js'
 import type { Entry } from '../sink/decode.js'
 import { compareIds } from './entries.js'
 
@@ -40,10 +39,9 @@ export interface Stretch<W extends Walk> {
 
 /** All calls' streams, in pages. SCAN may give a key more than once; here each comes once, which takes a set of all names. */
 export async function* scanStreams(client: RedisClient, pageSize: number): AsyncGenerator<CallPlace[]> {
-  const nodes: Redis[] = client instanceof Cluster ? client.nodes('master') : [client]
   const seen = new Set<string>()
   let page: CallPlace[] = []
-  for (const node of nodes) {
+  for (const node of mastersOf(client)) {
     let cursor = '0'
     do {
       const [next, keys] = await node.scan(cursor, 'MATCH', STREAM_PATTERN, 'COUNT', SCAN_COUNT, 'TYPE', 'stream')

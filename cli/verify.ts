@@ -1,5 +1,5 @@
 /** `calltape verify`: is all that is in the streams in PostgreSQL? */
-import { type Config, givenEnvironment, OperatorError, readConfig } from '../shared/config.js'
+import { type Config, givenEnvironment, isBug, OperatorError, readConfig } from '../shared/config.js'
 import { type CallPlace, streamKey } from '../shared/keys.js'
 import { createLog, reasonOf } from '../shared/log.js'
 import { createPool } from '../shared/postgres.js'
@@ -72,7 +72,7 @@ export async function compareStores(
     return report
   } catch (error) {
     // Exit code 1 says that something is missing; that a store went away says nothing of the kind.
-    if (error instanceof OperatorError || error instanceof TypeError || error instanceof RangeError) throw error
+    if (error instanceof OperatorError || isBug(error)) throw error
     throw new OperatorError(`could not compare to the end: ${reasonOf(error as Error)}`, { cause: error })
   } finally {
     redis?.disconnect()

@@ -17,6 +17,16 @@ export function bearerToken(authorization: string): string | undefined {
   return /^Bearer +(\S+) *$/i.exec(authorization)?.[1]
 }
 
+/** @returns whether an `Authorization` header has one of these tokens; without tokens, always */
+export function tokenCheck(tokens: string[]): (authorization: string) => boolean {
+  if (tokens.length === 0) return () => true
+  const isToken = secretCheck(tokens)
+  return (authorization) => {
+    const token = bearerToken(authorization)
+    return token !== undefined && isToken(token)
+  }
+}
+
 /** User name and password of an `Authorization: Basic` header (RFC 7617); undefined when it is none. */
 export function basicCredentials(authorization: string): { user: string; password: string } | undefined {
   const [, encoded] = /^Basic +([A-Za-z0-9+/]+=*) *$/i.exec(authorization) ?? []

@@ -121,22 +121,26 @@ export async function hasOtherTurns(
       from = `(${page.at(-1)![0]}`
     }
   }
-  return await inTime(look())
+  return (await inTime(look())) ?? false
 }
 
 /**
  * Has somebody answered a call?
  *
- * @returns false also when Redis does not say so in time
+ * @returns undefined when Redis does not say so in time
  */
-export async function isAnswered(client: RedisClient, partitions: Partitions, callSid: string): Promise<boolean> {
+export async function isAnswered(
+  client: RedisClient,
+  partitions: Partitions,
+  callSid: string,
+): Promise<boolean | undefined> {
   const status = client.hget(partitions.of(callSid).sessionPrefix + callSid, 'status')
   return await inTime(status.then((said) => said === 'in-progress' || said === 'completed'))
 }
 
-async function inTime(answer: Promise<boolean>): Promise<boolean> {
-  const late = sleep(LOOK_TIMEOUT_MS, false, { ref: false })
-  return await Promise.race([answer.catch(() => false), late])
+async function inTime(answer: Promise<boolean>): Promise<boolean | undefined> {
+  const late = sleep(LOOK_TIMEOUT_MS, undefined, { ref: false })
+  return await Promise.race([answer.catch(() => undefined), late])
 }
 
 function isOtherTurn(fields: string[], ids: ReadonlySet<unknown>): boolean {

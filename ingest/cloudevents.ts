@@ -2,21 +2,11 @@
  * CloudEvents 1.0, JSON format: an envelope around our events. `type` says which one it is, `data` has its fields, and what the
  * envelope has besides goes to `meta`. https://github.com/cloudevents/spec, formats/json-format.md
  */
-
 import { isUtf8 } from 'node:buffer'
 import { createHash } from 'node:crypto'
-import {
-  EVENT_TYPES,
-  keepInMeta,
-  type Parsed,
-  parseEvent,
-  parseJson,
-  parseTime,
-  Refusal,
-  show,
-} from '../shared/events.js'
-
-type JsonObject = Record<string, unknown>
+import { EVENT_TYPES, parseTime } from '../shared/event-rules.js'
+import { keepInMeta, type Parsed, parseEvent, parseJson, Refusal, show } from '../shared/events.js'
+import { isObject, type JsonObject } from '../shared/json.js'
 
 const MAX_CHARS = 128
 const BASE64 = /^[A-Za-z0-9+/]*={0,2}$/
@@ -35,7 +25,7 @@ const READ = new Set([
 
 /** Judges one CloudEvent. @returns the event in it, or the Refusal that names the attribute, or the field of `data`, and what it wants */
 export function parseCloudEvent(given: unknown): Parsed | Refusal {
-  if (typeof given !== 'object' || given === null || Array.isArray(given)) {
+  if (!isObject(given)) {
     return new Refusal('not_an_object', `a CloudEvent is a JSON object, got ${show(given)}`)
   }
   // To the specification, null is "not there".
@@ -82,9 +72,8 @@ function dataOf({ data, data_base64 }: JsonObject): JsonObject | Refusal {
     if (object === undefined) return wrong('data_base64', 'JSON in base64', data_base64)
   }
   if (object === undefined || object === null) return {} // an event whose fields are all optional, with its call as subject
-  const isObject = typeof object === 'object' && !Array.isArray(object)
-  return isObject
-    ? (object as JsonObject)
+  return isObject(object)
+    ? object
     : wrong(data === undefined ? 'data_base64' : 'data', "a JSON object: the event's fields", object)
 }
 
@@ -145,8 +134,8 @@ function keyOf(source: string, id: string): string {
 /** @param event whose `meta`, if it is no object, is for parseEvent to refuse */
 function withMeta(event: JsonObject, besides: [string, unknown][]): JsonObject | Refusal {
   const given = event.meta ?? {}
-  if (besides.length === 0 || typeof given !== 'object' || Array.isArray(given)) return event
-  const meta = { ...given } as JsonObject
+  if (besides.length === 0 || !isObject(given)) return event
+  const meta = { ...given }
   for (const [name, value] of besides) {
     if (!keepInMeta(meta, name, value)) {
       return new Refusal('invalid_field', `${name} wants a name that meta does not have already`, name)

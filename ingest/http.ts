@@ -5,6 +5,7 @@ import { type CallEvent, type Parsed, parseEvent, parseJson, Refusal } from '../
 import type { IngestMetrics } from '../shared/metrics.js'
 import { parseCloudEvent } from './cloudevents.js'
 import type { Deliveries } from './deliver.js'
+import { mediaTypeOf } from './media-type.js'
 
 export interface Answer {
   status: string
@@ -29,6 +30,12 @@ export const notServing = (phase: 'starting' | 'stopping'): Answer =>
   problem('503 Service Unavailable', phase, `the process is ${phase}`, { 'Retry-After': RETRY_AFTER_SECONDS })
 
 export const badQuery = (message: string): Answer => problem('400 Bad Request', 'invalid_query', message)
+
+export const FROM_A_PAGE = problem(
+  '403 Forbidden',
+  'forbidden',
+  'web pages may connect only where INGEST_TOKENS is set',
+)
 
 interface Rejected {
   index: number
@@ -96,8 +103,7 @@ export async function postEvents(
 ): Promise<Answer> {
   const spool = query.get('spool') ?? 'false'
   if (spool !== 'true' && spool !== 'false') return badQuery('spool wants true or false')
-  const mediaType = contentType.split(';')[0]!.trim().toLowerCase()
-  const format = FORMATS.get(mediaType)
+  const format = FORMATS.get(mediaTypeOf(contentType))
   if (!format) {
     const wants = `Content-Type wants ${[...FORMATS.keys()].join(' or ')}; got ${contentType.slice(0, 100) || 'none'}`
     return problem('415 Unsupported Media Type', 'unsupported_media_type', wants)

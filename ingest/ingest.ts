@@ -103,7 +103,10 @@ function serve(host: string, config: Config, routes: Routes): Promise<Server> {
     port: config.INGEST_PORT,
     tokens: config.INGEST_TOKENS,
     maxMessageBytes: config.MAX_MESSAGE_BYTES,
-    maxBodyBytes: config.MAX_BODY_BYTES,
+    bodies: {
+      maxBytes: config.MAX_BODY_BYTES,
+      maxHeldBytes: Math.max(config.MAX_BODY_BYTES, config.MAX_QUEUE_BYTES),
+    },
     ...(cert && key ? { tls: { cert, key } } : {}),
   }
   return listen(options, routes)

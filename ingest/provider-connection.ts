@@ -4,10 +4,11 @@
  */
 import { randomUUID } from 'node:crypto'
 import { type CallEvent, type ConnectionChanged, parseJson, Refusal } from '../shared/events.js'
+import { isObject, type JsonObject } from '../shared/json.js'
 import type { Logger } from '../shared/log.js'
 import type { IngestMetrics } from '../shared/metrics.js'
 import type { Deliveries } from './deliver.js'
-import type { JsonObject, ProviderEvent, ProviderStream } from './providers/provider.js'
+import type { ProviderEvent, ProviderStream } from './providers/provider.js'
 import type { Connection } from './server.js'
 import { parseGenerously } from './webhooks.js'
 
@@ -41,11 +42,11 @@ export class ProviderConnection implements Connection {
       return
     }
     const message = text === undefined ? new Refusal('not_text', 'a message is text') : parseJson(text)
-    if (message instanceof Refusal || typeof message !== 'object' || message === null || Array.isArray(message)) {
+    if (message instanceof Refusal || !isObject(message)) {
       this.metrics.refused.inc({ code: message instanceof Refusal ? message.code : 'not_an_object' })
       return
     }
-    const events = this.translate(message as JsonObject, text!)
+    const events = this.translate(message, text!)
     if (!events) this.dropAudio()
     else if (events.length === 0) this.metrics.ignored.inc({ provider: this.provider })
     else this.take(events, text!)

@@ -1,21 +1,35 @@
 /** `/webhooks/PROVIDER/…` and `/streams/PROVIDER`: whose a request is, and whether it really comes from there. */
-import { bearerToken, secretCheck } from './auth.js'
+import { tokenCheck } from './auth.js'
 import { hasOtherTurns, isAnswered } from './calls.js'
-import { type Answer, problem } from './http.js'
+import { decodePart, type RequestHead } from './exchange.js'
+import { type Answer, FROM_A_PAGE, problem } from './http.js'
 import { ProviderConnection } from './provider-connection.js'
 import { createProviders } from './providers/index.js'
 import type { Provider, ProviderRequest } from './providers/provider.js'
 import type { IngestParts } from './routes.js'
-import { type Connection, FROM_A_PAGE, type RequestHead } from './server.js'
+import type { Connection } from './server.js'
 import { takeWebhook } from './webhooks.js'
+
+const NO_BODY = Buffer.alloc(0)
 
 export class ProviderRoutes {
   private readonly providers: Map<string, Provider>
-  private readonly isToken: (given: string) => boolean
+  private readonly hasToken: (authorization: string) => boolean
 
   constructor(private readonly parts: IngestParts) {
     this.providers = createProviders(parts.config)
-    this.isToken = secretCheck(parts.config.INGEST_TOKENS)
+    this.hasToken = tokenCheck(parts.config.INGEST_TOKENS)
+  }
+
+  /** Before there is a body: who is no provider's, and whose secret is in the head and not ours, need not send one. */
+  denyUnread(head: RequestHead): Answer | undefined {
+    const found = this.find('/webhooks/', head, NO_BODY)
+    if (!found) return this.unknown('webhook')
+    const { provider, request } = found
+    if (provider.verify && !provider.isSecretInHead) return undefined
+    const answer = this.deny(provider, request)
+    if (answer) this.parts.metrics.webhooks.inc({ provider: provider.name, status: answer.status.slice(0, 3) })
+    return answer
   }
 
   async webhook(head: RequestHead, body: Buffer): Promise<Answer> {
@@ -44,7 +58,7 @@ export class ProviderRoutes {
 
   stream(head: RequestHead): Connection | Answer {
     const { deliveries, metrics, log } = this.parts
-    const found = this.find('/streams/', head, Buffer.alloc(0))
+    const found = this.find('/streams/', head, NO_BODY)
     const stream = found?.provider.openStream?.()
     if (!found || !stream) return this.unknown('WebSocket')
     const denied = this.deny(found.provider, found.request)
@@ -80,7 +94,7 @@ export class ProviderRoutes {
     if (provider && routes.includes(route)) return { provider, request }
     const withoutSecret = rest.slice(0, -1).join('/')
     if (!provider?.takesPathSecret || rest.length === 0 || !routes.includes(withoutSecret)) return undefined
-    return { provider, request: { ...request, route: withoutSecret, pathSecret: decoded(rest.at(-1)!) } }
+    return { provider, request: { ...request, route: withoutSecret, pathSecret: decodePart(rest.at(-1)!) } }
   }
 
   /** What its provider may have called it: PUBLIC_URL if that is set, for behind a proxy we know but the proxy's name for us. */
@@ -110,18 +124,9 @@ export class ProviderRoutes {
       const isFromPage = request.header('origin') !== '' || request.header('sec-fetch-site') !== ''
       return isFromPage ? FROM_A_PAGE : undefined
     }
-    const token = bearerToken(request.header('authorization'))
-    if (token !== undefined && this.isToken(token)) return undefined
+    if (this.hasToken(request.header('authorization'))) return undefined
     const orSet = provider.secretVariable ? `set ${provider.secretVariable} for ingest, or ` : ''
     const wants = `${orSet}send Authorization: Bearer with one of INGEST_TOKENS`
     return problem('401 Unauthorized', 'unauthorized', wants, { 'WWW-Authenticate': 'Bearer' })
-  }
-}
-
-function decoded(component: string): string {
-  try {
-    return decodeURIComponent(component)
-  } catch {
-    return component // not percent-encoded: then it is compared as it stands
   }
 }

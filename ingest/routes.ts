@@ -8,9 +8,10 @@ import type { RedisClient } from '../shared/redis.js'
 import type { Appender } from './append.js'
 import { listOpenCalls, readLiveCall } from './calls.js'
 import type { Deliveries } from './deliver.js'
+import type { RequestHead } from './exchange.js'
 import { type Answer, badQuery, notServing, postEvents, problem } from './http.js'
 import { ProviderRoutes } from './provider-routes.js'
-import type { Connection, RequestHead, Routes } from './server.js'
+import type { Connection, Routes } from './server.js'
 import { OVERLOADED, type Socket, StreamConnection } from './stream.js'
 
 /** Events that wait for Redis for longer make the process unready, so that a balancer sends producers elsewhere. */
@@ -64,6 +65,10 @@ export class IngestRoutes implements Routes {
   async postEvents(contentType: string, query: URLSearchParams, body: Buffer): Promise<Answer> {
     if (this.phase !== 'serving') return notServing(this.phase)
     return postEvents(contentType, query, body, this.parts.deliveries, this.parts.metrics)
+  }
+
+  denyWebhook(head: RequestHead): Answer | undefined {
+    return this.phase === 'serving' ? this.providers.denyUnread(head) : notServing(this.phase)
   }
 
   async webhook(head: RequestHead, body: Buffer): Promise<Answer> {

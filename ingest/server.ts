@@ -1,10 +1,10 @@
-/** The network side of ingest, and the only file that knows uWebSockets.js: routes, bodies, tokens, sockets. */
-
+/** The network side of ingest: routes, tokens, sockets. Only this file and exchange.ts know uWebSockets.js. */
 import uWS from 'uWebSockets.js'
 import { OperatorError } from '../shared/config.js'
 import { Refusal } from '../shared/events.js'
-import { bearerToken, secretCheck } from './auth.js'
-import { type Answer, overloaded, problem } from './http.js'
+import { tokenCheck } from './auth.js'
+import { type BodyLimits, decodePart, Exchange, type RequestHead, readHead } from './exchange.js'
+import { type Answer, FROM_A_PAGE, problem } from './http.js'
 import { CLOSE_GOING_AWAY, CLOSE_OVERLOADED, CLOSE_REFUSED, type Socket } from './stream.js'
 
 /** What a WebSocket's events are handed to. */
@@ -15,20 +15,11 @@ export interface Connection {
   closed(code: number): void
 }
 
-/** A request without its body. */
-export interface RequestHead {
-  method: string
-  path: string
-  queryString: string
-  query: URLSearchParams
-  isWebSocket: boolean
-  /** @param name in lower case @returns the header's value, empty when there is none */
-  header(name: string): string
-}
-
 export interface Routes {
   /** A new `/v1/stream` connection; a Refusal closes it. */
   stream(socket: Socket, query: URLSearchParams): Connection | Refusal
+  /** Turns away a POST below `/webhooks/` of which its head says enough: nobody may make us hold bodies that nobody wants. */
+  denyWebhook(head: RequestHead): Answer | undefined
   /** Anything below `/webhooks/`. */
   webhook(head: RequestHead, body: Buffer): Promise<Answer>
   /** A WebSocket below `/streams/` that wants to be opened; an Answer turns it away. */
@@ -46,7 +37,7 @@ export interface ServerOptions {
   tokens: string[]
   tls?: { cert: string; key: string }
   maxMessageBytes: number
-  maxBodyBytes: number
+  bodies: BodyLimits
 }
 
 export interface Server {
@@ -65,7 +56,6 @@ const LINGER_MS = 1000
 /** uSockets' LIBUS_LISTEN_EXCLUSIVE_PORT. Without it a second ingest would silently share the port with the first. */
 const EXCLUSIVE_PORT = 1
 const NO_BODY = Buffer.alloc(0)
-const JSON_TYPE = 'application/json; charset=utf-8'
 
 interface SocketData {
   /** Whoever takes its messages; a Refusal closes it. */
@@ -79,57 +69,7 @@ type UwsSocket = uWS.WebSocket<SocketData>
 export function listen(options: ServerOptions, routes: Routes): Promise<Server> {
   const app = createApp(options)
   const open = new Set<UwsSocket>()
-  const allowed = tokenCheck(options.tokens)
-
-  app.post('/v1/events', (res, req) => {
-    const contentType = req.getHeader('content-type')
-    const query = new URLSearchParams(req.getQuery())
-    const answer = respond(res, req)
-    if (!allowed(req)) return answer(UNAUTHORIZED, true)
-    withBody(res, req, options, answer, (body) => routes.postEvents(contentType, query, body))
-  })
-  app.post('/webhooks/*', (res, req) => {
-    const head = readHead(req)
-    const answer = respond(res, req)
-    withBody(res, req, options, answer, (body) => routes.webhook(head, body))
-  })
-  app.get('/webhooks/*', (res, req) => answerWith(respond(res, req), routes.webhook(readHead(req), NO_BODY)))
-  anythingElse(app, '/webhooks/*', 'GET, POST')
-  anythingElse(app, '/v1/events', 'POST')
-  const get = (path: string, handle: (req: uWS.HttpRequest) => Promise<Answer> | Answer, needsToken: boolean) => {
-    const handler = (res: uWS.HttpResponse, req: uWS.HttpRequest) => {
-      const answer = respond(res, req)
-      if (needsToken && !allowed(req)) return answer(UNAUTHORIZED)
-      answerWith(answer, handle(req))
-    }
-    app.get(path, handler).head(path, handler)
-    anythingElse(app, path, 'GET, HEAD')
-  }
-  const upgrade = webSocketsOn(app, options, open)
-  upgrade('/v1/stream', (req) => {
-    if (!allowed(req)) return UNAUTHORIZED
-    // Without tokens, any page in a browser on this machine could write calls. Browsers say where a page is from.
-    if (options.tokens.length === 0 && req.getHeader('origin') !== '') return FROM_A_PAGE
-    const query = new URLSearchParams(req.getQuery())
-    return (socket) => routes.stream(socket, query)
-  })
-  get('/v1/stream', () => upgradeRequired('/v1/stream'), true)
-  upgrade('/streams/*', (req) => {
-    const connection = routes.providerStream({ ...readHead(req), isWebSocket: true })
-    return 'status' in connection ? connection : () => connection
-  })
-  get('/streams/:provider', (req) => upgradeRequired(req.getUrl()), false)
-  get('/streams/:provider/:secret', () => upgradeRequired('/streams/PROVIDER'), false)
-  get('/v1/calls', (req) => routes.listCalls(new URLSearchParams(req.getQuery())), true)
-  get('/v1/calls/:call_sid', (req) => routes.getCall(decode(req.getParameter(0))), true)
-  get('/metrics', () => routes.metrics(), false)
-  get('/healthz', () => ({ status: '200 OK', body: { status: 'ok' } }), false)
-  get('/readyz', () => routes.ready(), false)
-  app.any('/*', (res, req) => {
-    const message = `there is no ${req.getMethod().toUpperCase()} ${req.getUrl()}`
-    respond(res, req)(problem('404 Not Found', 'not_found', message))
-  })
-
+  addRoutes(app, options, routes, open)
   return new Promise((resolve, reject) => {
     ;(app as unknown as ListenWithOptions).listen(options.host, options.port, EXCLUSIVE_PORT, (socket) => {
       if (!socket) {
@@ -154,6 +94,61 @@ export function listen(options: ServerOptions, routes: Routes): Promise<Server> 
   })
 }
 
+function addRoutes(app: uWS.TemplatedApp, options: ServerOptions, routes: Routes, open: Set<UwsSocket>): void {
+  const allowed = tokenCheck(options.tokens)
+
+  app.post('/v1/events', (res, req) => {
+    const contentType = req.getHeader('content-type')
+    const query = new URLSearchParams(req.getQuery())
+    const exchange = new Exchange(res, req)
+    if (!allowed(req.getHeader('authorization'))) return exchange.answer(UNAUTHORIZED, true)
+    exchange.readBody(options.bodies, (body) => routes.postEvents(contentType, query, body))
+  })
+  app.post('/webhooks/*', (res, req) => {
+    const head = readHead(req)
+    const exchange = new Exchange(res, req)
+    const denied = routes.denyWebhook(head)
+    if (denied) return exchange.answer(denied, true)
+    exchange.readBody(options.bodies, (body) => routes.webhook(head, body))
+  })
+  app.get('/webhooks/*', (res, req) => new Exchange(res, req).answerWith(routes.webhook(readHead(req), NO_BODY)))
+  anythingElse(app, '/webhooks/*', 'GET, POST')
+  anythingElse(app, '/v1/events', 'POST')
+  const get = (path: string, handle: (req: uWS.HttpRequest) => Promise<Answer> | Answer, needsToken: boolean) => {
+    const handler = (res: uWS.HttpResponse, req: uWS.HttpRequest) => {
+      const exchange = new Exchange(res, req)
+      if (needsToken && !allowed(req.getHeader('authorization'))) return exchange.answer(UNAUTHORIZED)
+      exchange.answerWith(handle(req))
+    }
+    app.get(path, handler).head(path, handler)
+    anythingElse(app, path, 'GET, HEAD')
+  }
+  const upgrade = webSocketsOn(app, options, open)
+  upgrade('/v1/stream', (req) => {
+    if (!allowed(req.getHeader('authorization'))) return UNAUTHORIZED
+    // Without tokens, any page in a browser on this machine could write calls. Browsers say where a page is from.
+    if (options.tokens.length === 0 && req.getHeader('origin') !== '') return FROM_A_PAGE
+    const query = new URLSearchParams(req.getQuery())
+    return (socket) => routes.stream(socket, query)
+  })
+  get('/v1/stream', () => upgradeRequired('/v1/stream'), true)
+  upgrade('/streams/*', (req) => {
+    const connection = routes.providerStream({ ...readHead(req), isWebSocket: true })
+    return 'status' in connection ? connection : () => connection
+  })
+  get('/streams/:provider', (req) => upgradeRequired(req.getUrl()), false)
+  get('/streams/:provider/:secret', () => upgradeRequired('/streams/PROVIDER'), false)
+  get('/v1/calls', (req) => routes.listCalls(new URLSearchParams(req.getQuery())), true)
+  get('/v1/calls/:call_sid', (req) => routes.getCall(decodePart(req.getParameter(0))), true)
+  get('/metrics', () => routes.metrics(), false)
+  get('/healthz', () => ({ status: '200 OK', body: { status: 'ok' } }), false)
+  get('/readyz', () => routes.ready(), false)
+  app.any('/*', (res, req) => {
+    const message = `there is no ${req.getMethod().toUpperCase()} ${req.getUrl()}`
+    new Exchange(res, req).answer(problem('404 Not Found', 'not_found', message))
+  })
+}
+
 /** What the library can do, but its types do not know. */
 interface ListenWithOptions {
   listen(host: string, port: number, options: number, done: (socket: uWS.us_listen_socket | false) => void): void
@@ -171,7 +166,7 @@ function createApp({ tls }: ServerOptions): uWS.TemplatedApp {
 /** Answers the methods that `path` does not have. */
 function anythingElse(app: uWS.TemplatedApp, path: string, methods: string): void {
   const answer = problem('405 Method Not Allowed', 'method_not_allowed', `${path} wants ${methods}`, { Allow: methods })
-  app.any(path, (res, req) => respond(res, req)(answer, true))
+  app.any(path, (res, req) => new Exchange(res, req).answer(answer, true))
 }
 
 type Upgrade = (req: uWS.HttpRequest) => SocketData['connect'] | Answer
@@ -189,7 +184,7 @@ function webSockets(options: ServerOptions, open: Set<UwsSocket>, decide: Upgrad
     sendPingsAutomatically: true,
     upgrade(res, req, context) {
       const connect = decide(req)
-      if (typeof connect !== 'function') return respond(res, req)(connect)
+      if (typeof connect !== 'function') return new Exchange(res, req).answer(connect)
       res.upgrade<SocketData>(
         { connect },
         req.getHeader('sec-websocket-key'),
@@ -239,11 +234,6 @@ function closeReason(text: string): string {
 const upgradeRequired = (path: string) =>
   problem('426 Upgrade Required', 'upgrade_required', `${path} is a WebSocket`, { Upgrade: 'websocket' })
 
-export const FROM_A_PAGE = problem(
-  '403 Forbidden',
-  'forbidden',
-  'web pages may connect only where INGEST_TOKENS is set',
-)
 const UNAUTHORIZED = problem(
   '401 Unauthorized',
   'unauthorized',
@@ -252,108 +242,3 @@ const UNAUTHORIZED = problem(
     'WWW-Authenticate': 'Bearer',
   },
 )
-
-function tooLarge(options: ServerOptions): Answer {
-  return problem('413 Payload Too Large', 'too_large', `a body has at most ${options.maxBodyBytes} bytes`)
-}
-
-function tokenCheck(tokens: string[]): (req: uWS.HttpRequest) => boolean {
-  if (tokens.length === 0) return () => true
-  const isToken = secretCheck(tokens)
-  return (req) => {
-    const token = bearerToken(req.getHeader('authorization'))
-    return token !== undefined && isToken(token)
-  }
-}
-
-/** What is needed of a request later: uWebSockets.js takes it back after its handler. */
-function readHead(req: uWS.HttpRequest): RequestHead {
-  const headers = new Map<string, string>()
-  req.forEach((name, value) => {
-    headers.set(name, value)
-  })
-  return {
-    method: req.getMethod().toUpperCase(),
-    path: req.getUrl(),
-    queryString: req.getQuery() ?? '',
-    query: new URLSearchParams(req.getQuery()),
-    isWebSocket: false,
-    header: (name) => headers.get(name) ?? '',
-  }
-}
-
-type AnswerFunction = (answer: Answer, closeConnection?: boolean) => void
-
-/** A response may be written only while its client is there. */
-function respond(res: uWS.HttpResponse, req: uWS.HttpRequest): AnswerFunction {
-  const isHead = req.getMethod() === 'head'
-  let gone = false
-  res.onAborted(() => {
-    gone = true
-  })
-  return ({ status, headers, body }, closeConnection = false) => {
-    if (gone) return
-    const text = typeof body === 'string' ? body : JSON.stringify(body)
-    gone = true
-    res.cork(() => {
-      res.writeStatus(status)
-      if (typeof body !== 'string') res.writeHeader('Content-Type', JSON_TYPE)
-      for (const [name, value] of Object.entries(headers ?? {})) res.writeHeader(name, value)
-      if (isHead) {
-        // Given any argument, endWithoutBody would wait for a body of that length and block the connection.
-        res.writeHeader('Content-Length', String(Buffer.byteLength(text))).endWithoutBody()
-      } else {
-        res.end(text, closeConnection)
-      }
-    })
-  }
-}
-
-function answerWith(answer: AnswerFunction, result: Promise<Answer> | Answer): void {
-  Promise.resolve(result)
-    .then((value) => answer(value))
-    .catch((error: Error) => answer(overloaded(error.message)))
-}
-
-/** Answers 413 instead of calling `handle` when the body is too large. */
-function withBody(
-  res: uWS.HttpResponse,
-  req: uWS.HttpRequest,
-  options: ServerOptions,
-  answer: AnswerFunction,
-  handle: (body: Buffer) => Promise<Answer>,
-): void {
-  if (Number(req.getHeader('content-length') || 0) > options.maxBodyBytes) {
-    answer(tooLarge(options), true)
-    return
-  }
-  readBody(res, options.maxBodyBytes, (body) => {
-    if (body === undefined) answer(tooLarge(options), true)
-    else answerWith(answer, handle(body))
-  })
-}
-
-/** @param done gets undefined when the body is larger than `maxBytes` */
-function readBody(res: uWS.HttpResponse, maxBytes: number, done: (body: Buffer | undefined) => void): void {
-  const chunks: Buffer[] = []
-  let bytes = 0
-  res.onData((chunk, isLast) => {
-    if (bytes > maxBytes) return
-    bytes += chunk.byteLength
-    if (bytes > maxBytes) {
-      chunks.length = 0
-      done(undefined)
-      return
-    }
-    chunks.push(Buffer.from(chunk.slice(0))) // uWebSockets.js takes its memory back after this call
-    if (isLast) done(Buffer.concat(chunks))
-  })
-}
-
-function decode(component: string): string {
-  try {
-    return decodeURIComponent(component)
-  } catch {
-    return component // not percent-encoded: then it is looked for as it stands, and not found
-  }
-}

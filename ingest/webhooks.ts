@@ -1,31 +1,20 @@
 /** `/webhooks/PROVIDER/…`: verify → read → translate → deliver → answer in the provider's way. */
-import { isUtf8 } from 'node:buffer'
-import { parse as parseNested } from 'qs'
-import { type CallEvent, parseEvent, parseJson, Refusal } from '../shared/events.js'
+import { type CallEvent, keepInMeta, parseEvent, Refusal } from '../shared/events.js'
+import type { JsonObject } from '../shared/json.js'
 import type { IngestMetrics } from '../shared/metrics.js'
 import type { Deliveries } from './deliver.js'
 import { type Answer, overloaded, problem } from './http.js'
-import { keyOf } from './providers/payload.js'
-import type {
-  JsonObject,
-  Provider,
-  ProviderEvent,
-  ProviderRequest,
-  ReadRequest,
-  Translation,
-} from './providers/provider.js'
-
-/** Far more fields than any webhook has. */
-const MAX_FIELDS = 2000
-const FORM = 'application/x-www-form-urlencoded'
+import { contentKey, keyOf, without } from './providers/payload.js'
+import type { Provider, ProviderEvent, ProviderRequest, ReadRequest, Translation } from './providers/provider.js'
+import { readPayload } from './webhook-payload.js'
 
 export interface WebhookContext {
   deliveries: Deliveries
   metrics: IngestMetrics
   /** Has Redis turns of this call with other ids than these? */
   hasOtherTurns(callSid: string, ids: Set<unknown>): Promise<boolean>
-  /** Has somebody answered this call, as far as Redis knows? */
-  isAnswered(callSid: string): Promise<boolean>
+  /** Has somebody answered this call? Undefined when Redis does not say. */
+  isAnswered(callSid: string): Promise<boolean | undefined>
 }
 
 /** @param request that `provider` has verified, or whose sender was */
@@ -40,11 +29,10 @@ export async function takeWebhook(
   const read: ReadRequest = { ...request, payload }
   const translation = provider.toEvents(read)
   if (translation instanceof Refusal) return refuse(translation, metrics)
-  const given = [
-    ...(await reportedTurns(translation, context)),
-    ...translation.events,
-    ...(await attempts(translation, context)),
-  ]
+  const attempts = await attemptsToReach(translation, context)
+  // Taken for the call's own, who was busy later on would end a call that goes on.
+  if (!attempts) return overloaded('Redis does not say whether the call was answered: send it again')
+  const given = [...(await reportedTurns(translation, context)), ...translation.events, ...attempts]
   if (given.length === 0) metrics.ignored.inc({ provider: provider.name })
 
   const raw = request.method === 'GET' ? request.query.toString() : request.body.toString('utf8')
@@ -65,12 +53,22 @@ async function reportedTurns({ unlessSpoken }: Translation, context: WebhookCont
   const [first] = unlessSpoken ?? []
   if (!first) return []
   const ids = new Set(unlessSpoken!.map(({ id }) => id))
-  return (await context.hasOtherTurns(String(first.call_sid), ids)) ? [] : unlessSpoken!
+  if (!(await context.hasOtherTurns(String(first.call_sid), ids))) return unlessSpoken!
+  // Some of what is reported may never have come: it is kept, but not as turns.
+  const { call_sid, source } = first
+  const reported = unlessSpoken!.map((turn) => without(turn, 'type', 'call_sid', 'source'))
+  return [{ type: 'call.data', call_sid, source, id: contentKey({ reported }), meta: { reported_turns: reported } }]
 }
 
-async function attempts({ unlessAnswered = [] }: Translation, context: WebhookContext): Promise<ProviderEvent[]> {
+/** @returns undefined when it cannot be said whether they count */
+async function attemptsToReach(
+  { unlessAnswered = [] }: Translation,
+  context: WebhookContext,
+): Promise<ProviderEvent[] | undefined> {
   const [first] = unlessAnswered
-  return first && (await context.isAnswered(String(first.call_sid))) ? [] : unlessAnswered
+  const isAnswered = first && (await context.isAnswered(String(first.call_sid)))
+  if (first && isAnswered === undefined) return undefined
+  return isAnswered ? [] : unlessAnswered
 }
 
 const summary = (accepted: number, rejected: Refusal[]): Answer => ({ status: '200 OK', body: { accepted, rejected } })
@@ -114,47 +112,7 @@ export function parseGenerously(given: ProviderEvent, raw: string): CallEvent | 
       return kept instanceof Refusal ? kept : kept.event
     }
     const { [path]: value, ...rest } = event
-    meta[path] = value
+    keepInMeta(meta, path, value)
     event = { type: event.type, call_sid: event.call_sid, ...rest, meta }
   }
-}
-
-/** A JSON body, a form, or the query of a GET, as one object. */
-async function readPayload(request: ProviderRequest): Promise<JsonObject | Refusal> {
-  const { method, query, body } = request
-  if (method === 'GET') return nested(query)
-  const contentType = request.header('content-type')
-  const given = contentType.split(';')[0]!.trim().toLowerCase()
-  if (given === 'multipart/form-data') return readMultipart(contentType, body)
-  if (!isUtf8(body)) return new Refusal('invalid_utf8', 'the body is not UTF-8')
-  const text = body.toString('utf8')
-  // Not every provider says what it sends, and none means that it may be refused for that.
-  const mediaType = given || (text.trimStart().startsWith('{') ? 'application/json' : FORM)
-  if (mediaType === FORM) return nested(new URLSearchParams(text))
-  if (mediaType === 'application/json' || mediaType.endsWith('+json')) return readJson(text)
-  const wants = 'application/json, application/x-www-form-urlencoded or multipart/form-data'
-  return new Refusal('unsupported_media_type', `Content-Type wants ${wants}; got ${contentType.slice(0, 100)}`)
-}
-
-function readJson(text: string): JsonObject | Refusal {
-  const parsed = parseJson(text)
-  if (parsed instanceof Refusal) return parsed
-  const isObject = typeof parsed === 'object' && parsed !== null && !Array.isArray(parsed)
-  return isObject ? (parsed as JsonObject) : new Refusal('not_an_object', 'the body wants a JSON object')
-}
-
-async function readMultipart(contentType: string, body: Buffer): Promise<JsonObject | Refusal> {
-  try {
-    const form = await new Response(body, { headers: { 'Content-Type': contentType } }).formData()
-    const fields = new URLSearchParams()
-    for (const [name, value] of form) fields.append(name, typeof value === 'string' ? value : await value.text())
-    return nested(fields)
-  } catch (error) {
-    return new Refusal('invalid_form', `the multipart body cannot be read: ${(error as Error).message}`)
-  }
-}
-
-/** `Legs[0][Status]=completed` → {Legs: [{Status: 'completed'}]} */
-function nested(fields: URLSearchParams): JsonObject {
-  return parseNested(fields.toString(), { plainObjects: true, parameterLimit: MAX_FIELDS, depth: 8 })
 }

@@ -20,7 +20,7 @@ CREATE FUNCTION call_outcome(
   verdict text, status text, reason text, answered boolean, agent_spoke boolean, customer_spoke boolean
 ) RETURNS text LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN CASE
   -- The bot was there.
-  WHEN verdict <> ''
+  WHEN btrim(verdict, E' \t\n\r') <> ''
     THEN verdict
   -- Its provider knows that the call never came about.
   WHEN status IN ('busy', 'no-answer')
@@ -103,6 +103,14 @@ CREATE FUNCTION sequence_is_whole(marks jsonb[], turn_ids text[]) RETURNS boolea
   FROM bounds, numbers WHERE first <= last GROUP BY first, last
 );
 
+-- Final calls whose row in the table of LEGACY_CALL_SESSIONS could not be filled when they were written: it was locked. Any sink that
+-- fills that table takes them from here, those first that have waited longest.
+CREATE TABLE legacy_held (
+  call_sid text COLLATE "C" PRIMARY KEY,
+  held_at  timestamptz NOT NULL DEFAULT now() -- when it was last tried
+);
+
 -- Down Migration
 
+DROP TABLE legacy_held;
 DROP FUNCTION sequence_is_whole, sequences_of, call_outcome, reason_words;

@@ -12,12 +12,15 @@ function number(min: number, max: number) {
 }
 const port = number(0, 65_535)
 const flag = z.enum(['true', 'false'], { error: 'wants true or false' }).transform((v) => v === 'true')
-const list = z.string().transform((v) =>
-  v
+/** One that is set but holds nothing is a mistake: taken for not set, it would leave a door open. */
+const list = z.string().transform((v, context) => {
+  const values = v
     .split(',')
     .map((s) => s.trim())
-    .filter(Boolean),
-)
+    .filter(Boolean)
+  if (values.length === 0) context.addIssue('wants a value, or several, comma-separated')
+  return values
+})
 
 const isUrl = (v: string, pattern: RegExp) => pattern.test(v) && URL.canParse(v)
 const redisUrl = z.string().refine((v) => v.split(',').every((u) => isUrl(u.trim(), /^rediss?:\/\/\S+$/)), {
@@ -108,6 +111,9 @@ export type Config = z.infer<typeof schema>
 /** Where PostgreSQL is, and which schema there is calltape's. */
 export type DatabaseConfig = Pick<Config, 'DATABASE_URL' | 'DATABASE_SCHEMA'>
 export type Environment = Record<string, string | undefined>
+
+/** An error that no configuration, no store and no network is to blame for. */
+export const isBug = (error: unknown): boolean => error instanceof TypeError || error instanceof RangeError
 
 /** A configuration or a state of the stores that the operator has to change: reported without a stack, exit code 2. */
 export class OperatorError extends Error {}

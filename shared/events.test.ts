@@ -1,6 +1,7 @@
 /** The event contract, field by field: what is taken, as what, and what is refused with which words. */
 import { describe, expect, test } from 'vitest'
-import { CALL_STATUSES, type CallEvent, idempotencyKey, MAX_TEXT_BYTES, parseEvent, Refusal } from './events.js'
+import { CALL_STATUSES, MAX_TEXT_BYTES } from './event-rules.js'
+import { type CallEvent, idempotencyKey, parseEvent, Refusal } from './events.js'
 
 type Json = Record<string, unknown>
 

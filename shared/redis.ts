@@ -5,7 +5,7 @@
 import { createHash } from 'node:crypto'
 import { Cluster, Redis } from 'ioredis'
 import { backoffMs } from './backoff.js'
-import { OperatorError } from './config.js'
+import { isBug, OperatorError } from './config.js'
 import { PARTITIONS_KEY, type PartitionKeys, Partitions } from './keys.js'
 import { type Logger, reasonOf } from './log.js'
 import { readPackageFile } from './package-root.js'
@@ -95,8 +95,7 @@ function placeOf(version: string): number {
 
 /** Says what could make this Redis lose events: that it may evict keys, or keeps nothing on disk. */
 export async function warnOfLoss(client: RedisClient, log: Logger): Promise<void> {
-  const nodes = client instanceof Cluster ? client.nodes('master') : [client]
-  for (const node of nodes) {
+  for (const node of mastersOf(client)) {
     const info = `${await node.info('memory')}${await node.info('persistence')}`
     const where = `${node.options.host}:${node.options.port}`
     const policy = /maxmemory_policy:(\S+)/.exec(info)?.[1]
@@ -126,7 +125,7 @@ export async function askAtStart<T>(url: string, ask: () => Promise<T>): Promise
   try {
     return await ask()
   } catch (error) {
-    if (error instanceof OperatorError || error instanceof TypeError || error instanceof RangeError) throw error
+    if (error instanceof OperatorError || isBug(error)) throw error
     const reason = reasonOf(error as Error)
     throw new OperatorError(`REDIS_URL: Redis at ${hostsOf(url)} cannot be used: ${reason}`, { cause: error })
   }
@@ -213,10 +212,13 @@ export class Script {
   }
 
   async load(client: RedisClient): Promise<void> {
-    const nodes = client instanceof Cluster ? client.nodes('master') : [client]
-    await Promise.all(nodes.map((node) => node.script('LOAD', this.source)))
+    await Promise.all(mastersOf(client).map((node) => node.script('LOAD', this.source)))
   }
 }
+
+/** The nodes that have the keys: of a single server, that one. */
+export const mastersOf = (client: RedisClient): Redis[] =>
+  client instanceof Cluster ? client.nodes('master') : [client]
 
 export function isNoScript(error: unknown): boolean {
   return error instanceof Error && error.message.startsWith('NOSCRIPT')

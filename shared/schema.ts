@@ -49,7 +49,7 @@ async function runMigrations(client: PoolClient, database: DatabaseConfig, say: 
   if (missing.length === 0) return []
   // The BEGIN and COMMIT of the runner's `singleTransaction` are then this transaction's: schema and migrations table are in it.
   await client.query('BEGIN')
-  await prepareSchema(client, database.DATABASE_SCHEMA)
+  await prepareSchema(client, database.DATABASE_SCHEMA, say)
   const done = await runner({
     dbClient: client,
     dir: MIGRATIONS,
@@ -64,15 +64,29 @@ async function runMigrations(client: PoolClient, database: DatabaseConfig, say: 
 }
 
 /** Not by IF NOT EXISTS: that wants the privilege to create schemas even where it is there. */
-async function prepareSchema(client: PoolClient, schema: string): Promise<void> {
+async function prepareSchema(client: PoolClient, schema: string, say: (line: string) => void): Promise<void> {
   const { rows } = await client.query<{ fit: boolean }>(
     `SELECT has_schema_privilege(oid, 'CREATE') AS fit FROM pg_namespace WHERE nspname = $1`,
     [schema],
   )
-  if (rows.length === 0) await client.query(`CREATE SCHEMA ${escapeIdentifier(schema)}`)
-  else if (!rows[0]!.fit) {
+  if (rows.length === 0) {
+    await warnOfNamesake(client, schema, say)
+    await client.query(`CREATE SCHEMA ${escapeIdentifier(schema)}`)
+  } else if (!rows[0]!.fit) {
     throw new OperatorError(`DATABASE_SCHEMA: the user in DATABASE_URL lacks the privilege CREATE on schema ${schema}`)
   }
+}
+
+/** By default, a role's search_path is "$user", public: whatever is in a schema of its own name comes before what is in public. */
+async function warnOfNamesake(client: PoolClient, schema: string, say: (line: string) => void): Promise<void> {
+  const { rows } = await client.query('SELECT FROM pg_roles WHERE rolname = $1 AND rolcanlogin', [schema])
+  if (rows.length === 0) return
+  const hidden = (await findObjects(client, 'public', ownNames())).filter(({ kind }) => /table|view/.test(kind))
+  if (hidden.length === 0) return
+  const names = hidden.map(({ name }) => `public.${name}`).join(', ')
+  say(
+    `warning: DATABASE_SCHEMA: there is a role ${schema}, too. Once it may use schema ${schema}, it finds calltape's tables there before ${names}. If another application logs in as ${schema}: set DATABASE_SCHEMA to another name, migrate again, drop schema ${schema}`,
+  )
 }
 
 /** @throws OperatorError when PostgreSQL does not answer, or has no such database */

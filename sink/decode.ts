@@ -1,10 +1,10 @@
 /** decode: stream entries into rows. What cannot be decoded becomes a quarantine row; it never stops its neighbours. */
 import { crashPoint } from '../shared/crash.js'
+import { LATEST_MS } from '../shared/event-rules.js'
 import {
   type CallEvent,
   idempotencyKey,
   isPresumedEnd,
-  LATEST_MS,
   OWN_SOURCE,
   parseEvent,
   parseJson,

@@ -6,6 +6,7 @@
  */
 import { createHash } from 'node:crypto'
 import { type Config, type DatabaseConfig, OperatorError } from '../shared/config.js'
+import { OWN_SOURCE } from '../shared/events.js'
 import { escapeIdentifier, escapeLiteral, type Pool } from '../shared/postgres.js'
 import { ownNames } from '../shared/schema.js'
 import { verdictOn } from './verdict.js'
@@ -49,6 +50,7 @@ const STANDS_FOR = ['canceled', 'cancelled', 'no_answer']
 const MOST_SMALLINT = 32_767
 /** What `call_outcome` can derive. It is a guess, and does not replace what somebody else has judged. */
 const DERIVED_OUTCOMES = `('no_answer', 'disconnected', 'error')`
+const END_STATUSES_BUT_COMPLETED = `('failed', 'no_answer', 'busy', 'canceled', 'cancelled')`
 
 interface Column {
   name: string
@@ -111,8 +113,8 @@ export async function lookAtLegacyTable(
 ): Promise<LegacyTable> {
   const name = `${escapeIdentifier(schema)}.${escapeIdentifier(table)}`
   const refuse = (why: string) => new OperatorError(`LEGACY_CALL_SESSIONS: ${name} ${why}`)
-  const ownTable = `${escapeIdentifier(DATABASE_SCHEMA)}.call_sessions`
-  const [found] = (await client.query<Found>(TABLE, [schema, table, ownTable])).rows
+  const ownSchema = escapeIdentifier(DATABASE_SCHEMA)
+  const [found] = (await client.query<Found>(TABLE, [schema, table, `${ownSchema}.call_sessions`])).rows
   if (!found?.isTable) throw refuse('does not exist, or cannot be updated')
   if (found.isOwn || (schema === DATABASE_SCHEMA && ownNames().includes(table))) {
     throw refuse("is calltape's own: it wants another application's table")
@@ -138,7 +140,7 @@ export async function lookAtLegacyTable(
   const leaves = columns
     .filter((column) => !fills.includes(column.name))
     .map((column) => `${column.name} ${column.type}`)
-  const update = named(updateStatement(name, ownTable, key, filled))
+  const update = named(updateStatement(name, ownSchema, key, filled))
   await client.query(`EXPLAIN ${update.text}`, [[]]).catch((error: Error) => {
     if (verdictOn(error) !== 'stop') throw error
     throw refuse(`cannot be filled: ${error.message}`)
@@ -197,23 +199,50 @@ function lockStatement(name: string, key: Column): string {
     FROM unnest($1::text[]) AS k(call_sid) JOIN ${name} AS l ON ${isSame(key, 'k.call_sid')}`
 }
 
-const isDerived = (outcome: string) => `translate(lower(${outcome}::text), '- ', '__') IN ${DERIVED_OUTCOMES}`
+const plainIn = (label: string, list: string) => `translate(lower(${label}::text COLLATE "C"), '- ', '__') IN ${list}`
+const isDerived = (outcome: string) => plainIn(outcome, DERIVED_OUTCOMES)
 const MAY_REPLACE_OUTCOME = `(l.outcome IS NULL OR ${isDerived('l.outcome')} OR NOT ${isDerived('n.outcome')})`
 
-function updateStatement(name: string, ownTable: string, key: Column, columns: (Column & { value: string })[]): string {
+/**
+ * By column, what must hold for a value to be replaced. Where nobody has said its status, a call that is over is presumed to be
+ * completed; so are its end and its duration derived where nobody has said them. The other application may know better.
+ */
+function guardsOf(ownSchema: string): Record<string, string> {
+  // EXISTS might be planned as a hash of all events there are, and that plan be kept.
+  const isSaid = (event: string) =>
+    `(SELECT bool_or(${event}) FROM ${ownSchema}.call_events e WHERE e.call_sid = n.call_sid)`
+  const isEnd = `e.type = 'call.ended' AND e.event->>'source' IS DISTINCT FROM '${OWN_SOURCE}'
+        OR e.event->>'status' IN ('completed', 'busy', 'failed', 'no-answer', 'canceled')`
+  return {
+    outcome: MAY_REPLACE_OUTCOME,
+    status: `(${plainIn('l.status', END_STATUSES_BUT_COMPLETED)} IS NOT TRUE OR NOT ${plainIn('n.status', `('completed')`)}
+      OR ${isSaid(`e.event->>'status' = 'completed'`)})`,
+    duration_seconds: `(l.duration_seconds IS NULL OR ${isSaid(`e.event ? 'duration_seconds'`)})`,
+    ended_at: `(l.ended_at IS NULL OR ${isSaid(isEnd)})`,
+  }
+}
+
+function updateStatement(
+  name: string,
+  ownSchema: string,
+  key: Column,
+  columns: (Column & { value: string })[],
+): string {
   const text = ({ category, labels, base }: Column) =>
     category === 'S' || labels || base.startsWith('json') ? '::text' : ''
+  const guards = guardsOf(ownSchema)
   const changes = columns.map((column) => {
     const id = escapeIdentifier(column.name)
     const differs = `n.${id} IS NOT NULL AND n.${id}${text(column)} IS DISTINCT FROM l.${id}${text(column)}`
-    return { id, sql: column.name === 'outcome' ? `(${differs} AND ${MAY_REPLACE_OUTCOME})` : `(${differs})` }
+    const mayReplace = guards[column.name]
+    return { id, sql: mayReplace === undefined ? `(${differs})` : `(${differs} AND ${mayReplace})` }
   })
   // Materialized, so that the transcript is made text once, not wherever it is looked at. Joined by the parameter's call_sid:
   // that of calltape's own table is compared byte by byte, which is not how the other table's index is ordered.
   return `
     WITH n AS MATERIALIZED (
       SELECT k.call_sid, ${columns.map(({ name, value }) => `${value} AS ${escapeIdentifier(name)}`).join(',\n        ')}
-      FROM unnest($1::text[]) AS k(call_sid) JOIN ${ownTable} s ON s.call_sid = k.call_sid
+      FROM unnest($1::text[]) AS k(call_sid) JOIN ${ownSchema}.call_sessions s ON s.call_sid = k.call_sid
       WHERE s.finalized_at IS NOT NULL ORDER BY k.call_sid
     )
     UPDATE ${name} AS l SET ${changes.map(({ id, sql }) => `${id} = CASE WHEN ${sql} THEN n.${id} ELSE l.${id} END`).join(', ')}

@@ -5,7 +5,6 @@
  * settle, is all the state there is. A pending-entries list would say the same once more for every entry. Measured with
  * 50 calls × 100 entries, AOF on: Redis CPU 0.7 µs an entry against 3.9, and 1.4 bytes of AOF an entry against 256.
  */
-
 import { Cluster } from 'ioredis'
 import { streamKey } from '../shared/keys.js'
 import type { RedisClient } from '../shared/redis.js'

@@ -36,8 +36,6 @@ const STOP_TIMEOUT_MS = 7000
 const DISCONNECT_TIMEOUT_MS = 1000
 /** How often legacy rows that were locked are tried again. */
 const LOCKED_MS = 2000
-/** In one line of the log. */
-const MOST_NAMED = 100
 
 /** @throws OperatorError when Redis or PostgreSQL cannot be used, or the schema does not fit */
 export async function startSink(config: Config, log: Logger): Promise<Sink> {
@@ -74,13 +72,7 @@ export async function startSink(config: Config, log: Logger): Promise<Sink> {
     })
     const leases = new Leases(redis, partitions, leaseMs)
     const wake = new Wake(config.PARTITIONS)
-    subscriber.on('smessage', (_channel: string, message: string) => wake.add(message.split(',').map(Number)))
-    const subscribe = () => Promise.all(leases.wakeChannels.map((channel) => subscriber.ssubscribe(channel)))
-    await askAtStart(config.REDIS_URL, subscribe)
-    subscriber.on('ready', () => {
-      subscribe().catch(() => undefined) // cut off once more: the next `ready` comes
-      wake.all() // what was published while it was away is lost
-    })
+    await askAtStart(config.REDIS_URL, () => listen(subscriber, leases.wakeChannels, wake))
 
     const metrics = createSinkMetrics()
     const legacy = await openLegacy(config, pool, metrics, log)
@@ -103,21 +95,13 @@ export async function startSink(config: Config, log: Logger): Promise<Sink> {
     }
     const workers = Array.from({ length: config.SINK_WORKERS }, () => new Worker(context))
     const running = workers.map((worker) => worker.run())
-    const again = (what: string, everyMs: number, work: () => Promise<unknown>) =>
-      repeat(what, everyMs, log, stopped.signal, work)
-    again('reclaiming', TEND_MS, () => reclaim(context))
-    again('reaping', TEND_MS, () => reap(context))
-    // A Redis that was flushed does not know the count any more.
-    again('claiming the partitions', TEND_MS, () => openPartitions(redis, config.PARTITIONS))
-    again('looking for strays', STRAYS_MS, () => endStrays(context, config.IDLE_TIMEOUT * 1000, stopped.signal))
-    if (legacy) again('filling legacy rows that were locked', LOCKED_MS, () => legacy.fillHeld(pool))
+    tend(context, config, stopped.signal)
     const { port } = server.address() as { port: number }
     const url = `http://${config.SINK_METRICS_HOST}:${port}`
     log.info({ url, workers: workers.length, partitions: config.PARTITIONS }, 'sink runs')
     return {
       url,
       async stop() {
-        const late = () => sleep(DISCONNECT_TIMEOUT_MS, undefined, { ref: false })
         stopped.abort()
         for (const worker of workers) worker.stop()
         wake.ring()
@@ -127,11 +111,9 @@ export async function startSink(config: Config, log: Logger): Promise<Sink> {
         server.closeAllConnections()
         if (!isFinished) {
           log.error('a batch in hand does not come to its end; it is given back, so another sink takes it over')
-          await Promise.race([Promise.all(workers.map((worker) => worker.giveUp())), late()])
+          await atMost(DISCONNECT_TIMEOUT_MS, Promise.all(workers.map((worker) => worker.giveUp())))
         }
-        if (legacy && isFinished) await Promise.race([giveUpHeld(legacy, pool, log), late()])
-        // A connection that hangs would be waited for in vain.
-        await Promise.race([disconnect(), late()])
+        await atMost(DISCONNECT_TIMEOUT_MS, disconnect())
         log.info('sink stopped')
       },
     }
@@ -139,6 +121,39 @@ export async function startSink(config: Config, log: Logger): Promise<Sink> {
     await disconnect()
     throw error
   }
+}
+
+/** Who has news, from ingest. */
+async function listen(subscriber: RedisClient, channels: string[], wake: Wake): Promise<void> {
+  subscriber.on('smessage', (_channel: string, message: string) => wake.add(message.split(',').map(Number)))
+  const subscribe = () => Promise.all(channels.map((channel) => subscriber.ssubscribe(channel)))
+  await subscribe()
+  subscriber.on('ready', () => {
+    subscribe().catch(() => undefined) // cut off once more: the next `ready` comes
+    wake.all() // what was published while it was away is lost
+  })
+}
+
+/** What is to be done besides batches, now and then. */
+function tend(context: WorkerContext, config: Config, signal: AbortSignal): void {
+  const { redis, pool, legacy, gate, metrics, log } = context
+  const again = (what: string, everyMs: number, work: () => Promise<unknown>) =>
+    repeat(what, everyMs, log, signal, work)
+  again('reclaiming', TEND_MS, () => reclaim(context))
+  again('reaping', TEND_MS, () => reap(context))
+  // A Redis that was flushed does not know the count any more.
+  again('claiming the partitions', TEND_MS, () => openPartitions(redis, config.PARTITIONS))
+  again('looking for strays', STRAYS_MS, () => endStrays(context, config.IDLE_TIMEOUT * 1000, signal))
+  if (!legacy) return
+  again('filling legacy rows that were locked', LOCKED_MS, async () => {
+    await gate.pass()
+    metrics.legacyHeld.set(await legacy.fillHeld(pool))
+  })
+}
+
+/** A connection that hangs would be waited for in vain. */
+async function atMost(ms: number, work: Promise<unknown>): Promise<void> {
+  await Promise.race([work, sleep(ms, undefined, { ref: false })])
 }
 
 async function openLegacy(config: Config, pool: Pool, metrics: SinkMetrics, log: Logger) {
@@ -150,23 +165,13 @@ async function openLegacy(config: Config, pool: Pool, metrics: SinkMetrics, log:
       metrics.legacyFailures.inc()
       log.error({ callSid, reason }, 'its row in LEGACY_CALL_SESSIONS refuses what it is to be filled with')
     },
-    held(calls) {
-      metrics.legacyHeld.set(calls)
-      if (calls > 0) log.warn({ calls }, 'rows in LEGACY_CALL_SESSIONS are locked: they are filled later')
-    },
+    held: ({ length: calls }) =>
+      log.warn({ calls }, 'rows in LEGACY_CALL_SESSIONS are locked, or too slow: they are filled later'),
   })
   const { name, fills, leaves, isIndexed } = known
   log.info({ table: name, fills, leaves }, 'ended calls are filled in there, too')
   if (!isIndexed) log.warn({ table: name }, 'no index on call_sid: all of it is read for each batch with an ended call')
   return legacy
-}
-
-/** The last chance. */
-async function giveUpHeld(legacy: Legacy, pool: Pool, log: Logger): Promise<void> {
-  await legacy.fillHeld(pool).catch((error: Error) => log.warn({ err: error.message }, 'filling legacy rows failed'))
-  const callSids = legacy.heldCalls
-  if (callSids.length === 0) return
-  log.error({ calls: callSids.length, callSids: callSids.slice(0, MOST_NAMED) }, 'not filled in LEGACY_CALL_SESSIONS')
 }
 
 async function reclaim({ leases, wake, metrics, log }: WorkerContext): Promise<void> {

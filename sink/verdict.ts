@@ -1,4 +1,5 @@
 /** What an error of PostgreSQL means for the batch that met it: the one place where errors are classified. */
+import { isBug } from '../shared/config.js'
 import { sqlState } from '../shared/postgres.js'
 
 export type Verdict =
@@ -58,7 +59,7 @@ export function verdictOn(error: unknown): Verdict {
   if (state !== undefined) return VERDICTS[state] ?? VERDICTS[state.slice(0, 2)] ?? 'unclear'
   if (error instanceof WriteTimeout) return 'unclear'
   if (error instanceof RangeError && error.message === 'Invalid string length') return 'quarantine'
-  return error instanceof TypeError || error instanceof RangeError ? 'unclear' : 'retry' // the rest is the network's
+  return isBug(error) ? 'unclear' : 'retry' // the rest is the network's
 }
 
 /** @returns undefined when PostgreSQL's own words are all there is to say */

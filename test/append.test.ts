@@ -1,6 +1,7 @@
 /** append.lua: what one append does, and what it does not do twice. */
 import { afterEach, beforeEach, expect, test } from 'vitest'
-import type { CallEvent, CallStatus } from '../shared/events.js'
+import type { CallStatus } from '../shared/event-rules.js'
+import type { CallEvent } from '../shared/events.js'
 import { freshRedis, type RedisDatabase } from './support/stores.js'
 import {
   appendBatch,

@@ -4,8 +4,8 @@ import { OperatorError, readConfig } from '../shared/config.js'
 import { createPool } from '../shared/postgres.js'
 import { migrate, requireSchema } from '../shared/schema.js'
 import { startSink } from '../sink/sink.js'
+import { botDatabase, botTables, SCHEMA } from './support/bot-database.js'
 import { Calls, ended, newSid, type Row, seqs } from './support/calls.js'
-import { botDatabase, botTables, SCHEMA } from './support/legacy.js'
 import { calltape } from './support/program.js'
 import { type Database, freshDatabase, freshRedis, log, startTestStack } from './support/stores.js'
 import { turn } from './support/streams.js'
@@ -142,6 +142,24 @@ describe('migrate', () => {
     await database.pool.query('CREATE TABLE pgmigrations (id serial PRIMARY KEY, name varchar(255), run_on timestamp)')
     await database.pool.query(`INSERT INTO pgmigrations (name, run_on) VALUES ('0001_calls_and_turns', now())`)
     expect((await migrate(database.config)).length).toBeGreaterThan(1) // theirs are not taken for ours
+  })
+
+  test.for([
+    ['LOGIN', 'CREATE TABLE call_sessions (id int); CREATE VIEW call_events AS SELECT 1 AS call_sid', true],
+    ['LOGIN', 'CREATE TABLE calls (id int); CREATE TABLE t (a int); CREATE INDEX call_sessions_live ON t (a)', false],
+    ['NOLOGIN', 'CREATE TABLE call_sessions (id int)', false],
+  ] as const)('in_a_schema_named_like_a_role_with_%s_beside_%s_warns_%s', async ([login, sql, warns]) => {
+    const role = `calltape_namesake_${process.pid}`
+    await database.pool.query(`CREATE ROLE ${role} ${login}; ${sql}`)
+    const config = { ...database.config, DATABASE_SCHEMA: role }
+    const said: string[] = []
+    const done = await migrate(config, (line) => said.push(line))
+    await migrate(config, (line) => said.push(line)) // once
+    await migrate({ ...config, DATABASE_SCHEMA: 'another' }, (line) => said.push(line))
+    await database.pool.query(`DROP ROLE ${role}`)
+    expect(done.length).toBeGreaterThan(1)
+    const warning = `DATABASE_SCHEMA: there is a role ${role}, too. Once it may use schema ${role}, it finds calltape's tables there before public.call_events, public.call_sessions. `
+    expect(said).toEqual(warns ? [expect.stringContaining(warning)] : [])
   })
 
   test('by_a_user_who_may_not_create_schemas_wants_one_that_is_there', async () => {

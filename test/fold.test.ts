@@ -208,6 +208,11 @@ describe('the_same_row_whatever_the_order', () => {
     }
   })
 
+  test('a_blank_outcome_hides_no_verdict', async () => {
+    const row = await rowOf(ended(1, { id: 'a', outcome: 'qualified' }), ended(2, { id: 'b', outcome: ' ' }))
+    expect(row.outcome).toBe('qualified')
+  })
+
   test('an_end_status_is_never_left_again', async () => {
     for (const end of ['completed', 'busy', 'failed', 'no-answer', 'canceled'] as const) {
       for (const other of ['queued', 'initiated', 'ringing', 'in-progress'] as const) {

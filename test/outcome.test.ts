@@ -44,6 +44,7 @@ const cases: Case[] = [
   ["the bot's verdict is kept as it is", { ...RANG, verdict: 'Callback Requested ' }, 'Callback Requested '],
   ['an empty verdict is none', { ...TALKED, verdict: '' }, null],
   ['an empty verdict is none, of a call that nobody took', { ...RANG, verdict: '' }, 'no_answer'],
+  ['a blank verdict is none', { ...TALKED, verdict: ' \t\n ', reason: 'disconnected' }, 'disconnected'],
 
   ['busy', { ...RANG, status: 'busy' }, 'no_answer'],
   ['no-answer, whatever the reason', { ...RANG, status: 'no-answer', reason: 'error' }, 'no_answer'],

@@ -275,12 +275,11 @@ describe('while ingest does not serve', () => {
     const { client, partitions } = redis
     const deliveries = new Deliveries(appender)
     const routes = new IngestRoutes({ config, redis: client, partitions, appender, deliveries, metrics, log })
-    const options = { host: '127.0.0.1', port: 0, tokens: [], maxMessageBytes: 65_536, maxBodyBytes: 65_536 }
+    const bodies = { maxBytes: 65_536, maxHeldBytes: 1_000_000 }
+    const options = { host: '127.0.0.1', port: 0, tokens: [], maxMessageBytes: 65_536, bodies }
     const server = await listen(options, routes)
-    let isOpen = true
     const stop = () => {
-      if (isOpen) server.stopListening() // twice would be the process's end
-      isOpen = false
+      server.stopListening()
       server.closeConnections()
     }
     onTestFinished(stop)

@@ -3,7 +3,7 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import { Redis } from 'ioredis'
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, onTestFinished, test } from 'vitest'
 import type { LocalServer } from '../cli/local-server.js'
-import { Source } from '../cli/rescue-source.js'
+import { Source } from '../cli/rescue/source.js'
 import { readConfig } from '../shared/config.js'
 import { connectRedis } from '../shared/redis.js'
 import { type Sink, startSink } from '../sink/sink.js'
@@ -120,6 +120,21 @@ describe.each([
     expect(await isFinal(sid)).toMatchObject({ turn_count: 2 })
   })
 
+  test('a_call_whose_key_is_written_is_not_silent_however_its_bots_clock_is_set', async () => {
+    const sid = newSid()
+    const old = Date.now() - 5 * 3_600_000
+    const begun = session(sid, [said(sid, 0, old)], { last_interaction_time: utcNow(old) })
+    await watching([...args], { IDLE_TIMEOUT: '10' })
+    await redis.set(sessionKey(sid), JSON.stringify(begun))
+    await isFinal(sid)
+    const more = [said(sid, 0, old), said(sid, 1, old + 1000)]
+    await redis.set(sessionKey(sid), JSON.stringify({ ...begun, transcript_history: more }))
+    await hasTurns(sid, 2)
+    await until('it is live again', async () => (await callOf(sid)).finalized_at === null)
+    await sleep(2500) // silent calls are looked for every second
+    expect((await callOf(sid)).finalized_at).toBe(null)
+  })
+
   test('what_cannot_be_read_is_reported_until_it_can', async () => {
     const sid = newSid()
     const whole = JSON.stringify(session(sid, [said(sid, 0), said(sid, 1)]))
@@ -202,7 +217,8 @@ test('what_was_written_while_its_subscription_was_cut_is_found', async () => {
   await redis.config('SET', 'notify-keyspace-events', '')
 })
 
-test('a_redis_that_goes_away_is_waited_for', async () => {
+/** A Redis that can be killed, with a database and a sink of its own; and how many turns there are. */
+async function mortalStores() {
   const [store, other] = await Promise.all([KillableStore.redis(), freshDatabase()])
   onTestFinished(async () => {
     await store.end()
@@ -212,6 +228,11 @@ test('a_redis_that_goes_away_is_waited_for', async () => {
   const itsSink = await startSink(readConfig(stores), log)
   onTestFinished(() => itsSink.stop())
   const count = async () => (await other.pool.query('SELECT count(*)::int AS n FROM call_transcript_turns')).rows[0].n
+  return { store, stores, count }
+}
+
+test('a_redis_that_goes_away_is_waited_for', async () => {
+  const { store, stores, count } = await mortalStores()
   const write = async (sid: string) => {
     const client = new Redis(store.url)
     await new LegacyBot(client).begin(sid, [said(sid, 0)])
@@ -231,14 +252,7 @@ test('a_redis_that_goes_away_is_waited_for', async () => {
 }, 60_000)
 
 test('what_the_bot_says_while_calltapes_own_redis_is_away_is_appended_when_it_is_back', async () => {
-  const [store, other] = await Promise.all([KillableStore.redis(), freshDatabase()])
-  onTestFinished(async () => {
-    await store.end()
-    await other.drop()
-  })
-  const stores = { REDIS_URL: store.url, DATABASE_URL: other.url, SINK_METRICS_PORT: '0' }
-  const itsSink = await startSink(readConfig(stores), log)
-  onTestFinished(() => itsSink.stop())
+  const { store, stores, count } = await mortalStores()
   const sid = newSid()
   const rescue = await watching(['--source', server.url, '--match', `session:${sid}*`, '--every', '0.3'], stores)
   await store.kill()
@@ -246,11 +260,7 @@ test('what_the_bot_says_while_calltapes_own_redis_is_away_is_appended_when_it_is
   await sleep(1000) // it tries meanwhile
   await bot.say(sid, said(sid, 1))
   await store.start()
-  await until(
-    'all of it is there',
-    async () => (await other.pool.query('SELECT count(*)::int AS n FROM call_transcript_turns')).rows[0].n === 2,
-    20_000,
-  )
+  await until('all of it is there', async () => (await count()) === 2, 20_000)
   expect(await rescue.end('SIGTERM')).toMatchObject({ code: 0, report: { turns: 2, new: 2, sessions: 1 } })
 }, 60_000)
 

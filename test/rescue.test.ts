@@ -4,7 +4,7 @@ import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { readConfig } from '../shared/config.js'
 import { connectRedis } from '../shared/redis.js'
 import { type Sink, startSink } from '../sink/sink.js'
-import { botDatabase, SCHEMA } from './support/legacy.js'
+import { botDatabase, SCHEMA } from './support/bot-database.js'
 import { LegacyBot, RescueProcess, type Said, said, session, sessionKey, utcNow } from './support/legacy-bot.js'
 import { calltape } from './support/program.js'
 import { type Database, freshDatabase, freshRedis, log, type RedisDatabase, until } from './support/stores.js'
@@ -115,7 +115,6 @@ test('a_session_is_a_call_with_all_that_the_bot_knew_of_it', async () => {
     property_type: 'flat',
     budget: 7500000,
     source: 'web',
-    last_agent_question: 'How many rooms?',
     escalation_requested: false,
     close_attempts: 0,
     surprise: { x: 1 },

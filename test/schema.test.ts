@@ -18,7 +18,10 @@ const tablesOf = async (pool: Pool) =>
     )
   ).rows.map((row) => row.relname as string)
 
-const OURS = ['call_events', 'call_sessions', 'call_transcript_turns', 'calltape_migrations', 'quarantined_events']
+const OURS = [
+  ...['call_events', 'call_sessions', 'call_transcript_turns', 'calltape_migrations', 'legacy_held'],
+  'quarantined_events',
+]
 
 describe('migrate', () => {
   let database: Database

@@ -1,7 +1,10 @@
 /** Exotel's WebSocket: the Voicebot applet and the Stream applet, [doc]. In snake case, or in camel case from its own bridge. */
+
+import type { JsonObject } from '../../shared/json.js'
+import { callStarted } from './call-started.js'
 import { Fields } from './fields.js'
-import { contentKey, defined, objectOf, textOf, without } from './payload.js'
-import type { JsonObject, ProviderEvent, ProviderStream } from './provider.js'
+import { contentKey, objectOf, textOf, without } from './payload.js'
+import type { Common, ProviderEvent, ProviderStream } from './provider.js'
 
 /** More keys than anybody presses in a call. */
 const MAX_KEYS = 256
@@ -32,7 +35,7 @@ export class ExotelStream implements ProviderStream {
     if (digit) this.keys = (this.keys + digit).slice(-MAX_KEYS)
     const data = digit ? { dtmf: this.keys } : undefined
     const meta = kind === 'dtmf' || kind === 'mark' ? without(fields.rest, 'event') : fields.rest
-    return [defined({ ...common, type: 'call.data', data, meta })]
+    return [{ ...common, type: 'call.data', data, meta }]
   }
 
   private goTo(callSid: string | undefined): void {
@@ -42,16 +45,13 @@ export class ExotelStream implements ProviderStream {
 }
 
 /** custom_parameters are what the flow's author put into the URL, not what the conversation collected: `meta`, as CustomField. */
-function started(fields: Fields, common: JsonObject & { call_sid: unknown }): ProviderEvent[] {
-  const start = startOf(fields, () => undefined)
+function started(fields: Fields, common: Common): ProviderEvent[] {
+  const start = startOf(fields, common, () => undefined)
   const meta = without(fields.rest, 'event')
   // A start that comes again may be numbered anew.
   const id = contentKey(without(meta, 'sequence_number', 'sequenceNumber'))
   // Only an answered call has audio.
-  return [
-    { ...common, ...start },
-    { ...common, type: 'call.status', id, status: 'in-progress', meta },
-  ]
+  return [start, { ...common, type: 'call.status', id, status: 'in-progress', meta }]
 }
 
 /** What a start or a stop says of the call lies one level deeper. */
@@ -60,20 +60,13 @@ function flat(message: JsonObject, kind: string): JsonObject {
   return Object.keys(body).length > 0 ? { ...without(message, kind), ...body } : message
 }
 
-/**
- * Who is calling whom, as far as it is said. The row keeps the first word on each, so that a request that says more than the
- * first one is not lost: what differs has another id.
- *
- * @returns `call.started` but for whose it is
- */
-export function startOf(fields: Fields, time: (value: unknown) => number | undefined) {
-  // The word itself stays: outbound-api and outbound-dial are not the same.
-  const word = fields.peek(textOf, 'direction') ?? ''
-  const who = defined({
-    direction: /^in/i.test(word) ? 'inbound' : /^out/i.test(word) ? 'outbound' : undefined,
+/** Who is calling whom, as far as it is said. */
+export function startOf(fields: Fields, common: Common, time: (value: unknown) => number | undefined): ProviderEvent {
+  const who = {
+    // The word itself stays: outbound-api and outbound-dial are not the same.
+    direction: fields.peek(textOf, 'direction'),
     from: fields.take(textOf, 'from', 'callfrom'),
     to: fields.take(textOf, 'to', 'callto'),
-  })
-  const ts = fields.take(time, 'datecreated', 'created', 'starttime')
-  return defined({ type: 'call.started' as const, id: contentKey(who), ts, provider: 'exotel', ...who })
+  }
+  return callStarted(common, 'exotel', who, { ts: fields.take(time, 'datecreated', 'created', 'starttime') })
 }

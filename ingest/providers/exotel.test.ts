@@ -3,9 +3,10 @@ import fc from 'fast-check'
 import { describe, expect, test } from 'vitest'
 import { readConfig } from '../../shared/config.js'
 import { type CallEvent, Refusal } from '../../shared/events.js'
+import type { JsonObject } from '../../shared/json.js'
 import { parseGenerously } from '../webhooks.js'
 import { createExotel } from './exotel.js'
-import type { JsonObject, ProviderRequest } from './provider.js'
+import type { ProviderRequest } from './provider.js'
 
 const RECEIVED = Date.parse('2024-01-15T09:00:50Z')
 

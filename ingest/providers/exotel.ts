@@ -5,11 +5,12 @@
  */
 import { DateTime } from 'luxon'
 import { END_STATUSES, Refusal } from '../../shared/events.js'
+import type { JsonObject } from '../../shared/json.js'
 import { basicCredentials, secretCheck } from '../auth.js'
 import { ExotelStream, startOf } from './exotel-stream.js'
 import { Fields } from './fields.js'
-import { contentKey, defined, jsonOf, numberOf, objectOf, textOf } from './payload.js'
-import type { CreateProvider, JsonObject, ProviderEvent, ProviderRequest, Translation } from './provider.js'
+import { contentKey, jsonOf, missingCall, numberOf, objectOf, textOf } from './payload.js'
+import type { Common, CreateProvider, ProviderEvent, ProviderRequest, Translation } from './provider.js'
 import { forbidden } from './signature.js'
 
 export const createExotel: CreateProvider = ({ EXOTEL_SECRET: secrets, EXOTEL_TIME_ZONE: zone }) => ({
@@ -17,16 +18,15 @@ export const createExotel: CreateProvider = ({ EXOTEL_SECRET: secrets, EXOTEL_TI
   routes: ['status', 'passthru'],
   takesPathSecret: true,
   secretVariable: 'EXOTEL_SECRET',
+  isSecretInHead: true,
   ...(secrets.length > 0 && { verify: verifier(secrets) }),
   toEvents: ({ route, payload, receivedMs }) => {
     const fields = new Fields(payload)
     const call_sid = fields.take(textOf, 'callsid')
-    if (call_sid === undefined) {
-      return new Refusal('missing_field', 'CallSid is required: the call that this is about', 'CallSid')
-    }
+    if (call_sid === undefined) return missingCall('CallSid')
     const common = { call_sid, id: contentKey(payload), source: 'exotel' }
     const time = (value: unknown) => readTime(value, zone, receivedMs)
-    const started = { ...common, ...startOf(fields, time) }
+    const started = startOf(fields, common, time)
     return route === 'status'
       ? ofStatus(fields, common, started, time)
       : ofPassthru(fields, common, started, time, secrets)
@@ -34,7 +34,6 @@ export const createExotel: CreateProvider = ({ EXOTEL_SECRET: secrets, EXOTEL_TI
   openStream: () => new ExotelStream(),
 })
 
-type Common = Pick<ProviderEvent, 'call_sid'> & { id: string; source: string }
 type ReadTime = (value: unknown) => number | undefined
 
 /**
@@ -69,9 +68,9 @@ function ofStatus(fields: Fields, common: Common, started: ProviderEvent, time: 
   }
   const legs = fields.take(arrayIn, 'legs')
   const meta = { ...fields.rest, ...(legs && { Legs: legs }) }
-  const events = [started, defined({ ...common, type: 'call.status', ...ending, status, meta })]
-  if (isEnd) events.push(defined({ ...common, type: 'call.ended', ...ending, reason: status ?? 'terminal' }))
-  return { events: events as ProviderEvent[] }
+  const events: ProviderEvent[] = [started, { ...common, type: 'call.status', ...ending, status, meta }]
+  if (isEnd) events.push({ ...common, type: 'call.ended', ...ending, reason: status ?? 'terminal' })
+  return { events }
 }
 
 /**
@@ -96,9 +95,9 @@ function ofPassthru(
   const rest = withoutCredentials(fields.rest, secrets)
   const meta = { ...rest, ...(stream && { Stream: withoutCredentials(stream, secrets) }) }
   const data = digits === undefined ? undefined : { digits }
-  const events = [started, defined({ ...common, type: 'call.data', ts, data, meta })]
-  if (recording_url) events.push(defined({ ...common, type: 'call.status', ts, recording_url }))
-  return { events: events as ProviderEvent[] }
+  const events: ProviderEvent[] = [started, { ...common, type: 'call.data', ts, data, meta }]
+  if (recording_url) events.push({ ...common, type: 'call.status', ts, recording_url })
+  return { events }
 }
 
 /** [doc] Wrapped in double quotes. */
@@ -135,6 +134,9 @@ const FORMATS: ((text: string, zone: string) => DateTime)[] = [
   (text, zone) => DateTime.fromRFC2822(text, { zone }),
 ]
 
+/** A longer one is none, and could keep the formats' patterns busy. */
+const MAX_TIME_CHARS = 64
+
 /**
  * [doc] `YYYY-MM-DD HH:mm:ss` without a zone. An hour that a clock passes twice is the one nearer to the receipt.
  *
@@ -142,7 +144,7 @@ const FORMATS: ((text: string, zone: string) => DateTime)[] = [
  */
 function readTime(value: unknown, zone: string, receivedMs: number): number | undefined {
   const text = textOf(value)?.trim()
-  if (text === undefined || !/\d{4}\D.*\d:\d\d/.test(text)) return undefined
+  if (text === undefined || text.length > MAX_TIME_CHARS || !/\d{4}\D.*\d:\d\d/.test(text)) return undefined
   for (const read of FORMATS) {
     const time = read(text, zone)
     if (!time.isValid) continue

@@ -1,5 +1,5 @@
 /** A payload of a provider whose spelling varies: its fields are taken out one by one, and what nobody took is its rest. */
-import type { JsonObject } from './provider.js'
+import type { JsonObject } from '../../shared/json.js'
 
 interface Field {
   key: string
@@ -8,17 +8,17 @@ interface Field {
 }
 
 /** CallSid, callSid and call_sid are one field. */
-const keyOf = (name: string) => name.toLowerCase().replaceAll('_', '')
+const plainName = (name: string) => name.toLowerCase().replaceAll('_', '')
 
 /** Null, empty, or a time that is none: Exotel's EndTime is the epoch in its own zone as long as a call lasts. */
-export const saysNothing = (value: unknown): boolean =>
+const saysNothing = (value: unknown): boolean =>
   value === null || (typeof value === 'string' && /^\s*$|^null$|^(1970-01-01|0000-00-00)[ T]/.test(value))
 
 export class Fields {
   private readonly left: Set<Field>
 
   constructor(payload: JsonObject) {
-    const fields = Object.entries(payload).map(([name, value]) => ({ key: keyOf(name), name, value }))
+    const fields = Object.entries(payload).map(([name, value]) => ({ key: plainName(name), name, value }))
     this.left = new Set(fields.filter(({ value }) => !saysNothing(value)))
   }
 

@@ -1,8 +1,9 @@
 import { createHmac } from 'node:crypto'
 import { expect, test } from 'vitest'
 import { readConfig } from '../../shared/config.js'
+import type { JsonObject } from '../../shared/json.js'
 import { createJambonz } from './jambonz.js'
-import type { JsonObject, ReadRequest, Translation } from './provider.js'
+import type { ReadRequest, Translation } from './provider.js'
 
 const SECRET = 'a-webhook-secret'
 const NOW = Date.UTC(2026, 0, 25, 10)
@@ -41,10 +42,10 @@ test('missing_wrong_old_and_changed_ones_are_refused', () => {
     signature(t, { secret: 'wrong' }),
     signature(t, { secret: '' }),
   ]) {
-    expect(refusalOf(wrong), wrong).toMatch(/is not that of this body/)
+    expect(refusalOf(wrong), wrong).toMatch(/does not fit/)
   }
-  expect(refusalOf(right, BODY.replace('ringing', 'rinking'))).toMatch(/is not that of this body/)
-  expect(refusalOf(right, `${BODY}\n`)).toMatch(/is not that of this body/)
+  expect(refusalOf(right, BODY.replace('ringing', 'rinking'))).toMatch(/does not fit/)
+  expect(refusalOf(right, `${BODY}\n`)).toMatch(/does not fit/)
   for (const old of [signature(t - 301), signature(t + 301), signature('now'), signature('')]) {
     expect(refusalOf(old), old).toMatch(/last 5 minutes/)
   }

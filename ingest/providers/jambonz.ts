@@ -1,19 +1,18 @@
 /** Jambonz: call status webhooks, and the transcription hooks of its verbs; POST (JSON). A dialled leg is a call of its own. */
-import type { Config } from '../../shared/config.js'
-import { END_STATUSES, Refusal } from '../../shared/events.js'
-import { arrayOf, contentKey, keyOf, numberOf, objectOf, textOf, without } from './payload.js'
+
+import { END_STATUSES, type Refusal } from '../../shared/events.js'
+import { callStarted } from './call-started.js'
+import { arrayOf, contentKey, keyOf, missingCall, numberOf, objectOf, textOf, without } from './payload.js'
 import {
+  type Common,
+  type CreateProvider,
   IGNORED,
-  type JsonObject,
-  type Provider,
   type ProviderEvent,
   type ProviderRequest,
   type ReadRequest,
   type Translation,
 } from './provider.js'
-import { forbidden, isFresh, isSigned, signatureParts } from './signature.js'
-
-const TOLERANCE_MS = 5 * 60_000
+import { forbidden, isSigned, notFresh, signatureParts } from './signature.js'
 
 /** [doc] Those that the contract has other words for. */
 const STATUSES = new Map([
@@ -21,41 +20,37 @@ const STATUSES = new Map([
   ['early-media', 'ringing'],
 ])
 
-export function createJambonz(config: Config): Provider {
-  const secrets = config.JAMBONZ_SECRET
-  return {
-    name: 'jambonz',
-    routes: [''],
-    secretVariable: 'JAMBONZ_SECRET',
-    ...(secrets.length > 0 && { verify: (request: ProviderRequest) => verify(request, secrets) }),
-    toEvents: translate,
-    // Verbs to go on with: none. A status webhook's answer is not read; for an application's call hook it is "nothing to do".
-    answer: () => ({ status: '200 OK', contentType: 'application/json', body: '[]' }),
-  }
-}
+export const createJambonz: CreateProvider = ({ JAMBONZ_SECRET: secrets }) => ({
+  name: 'jambonz',
+  routes: [''],
+  secretVariable: 'JAMBONZ_SECRET',
+  ...(secrets.length > 0 && { verify: (request) => verify(request, secrets) }),
+  toEvents: translate,
+  // Verbs to go on with: none. A status webhook's answer is not read; for an application's call hook it is "nothing to do".
+  answer: () => ({ status: '200 OK', contentType: 'application/json', body: '[]' }),
+})
 
 /** [sdk] `t=<epoch seconds>,v1=<hex HMAC-SHA256 of "t.body">` */
 function verify(request: ProviderRequest, secrets: string[]): Refusal | undefined {
   const { t = '', v1 = '' } = signatureParts(request.header('jambonz-signature'))
   if (!isSigned(v1, 'sha256', 'hex', secrets, `${t}.`, request.body)) {
-    return forbidden('Jambonz-Signature is not that of this body and JAMBONZ_SECRET')
+    return forbidden('Jambonz-Signature does not fit JAMBONZ_SECRET')
   }
-  return isFresh(Number(t) * 1000, request.receivedMs, TOLERANCE_MS)
-    ? undefined
-    : forbidden('Jambonz-Signature is not of the last 5 minutes')
+  return notFresh('Jambonz-Signature', Number(t) * 1000, request.receivedMs)
 }
 
 function translate(request: ReadRequest): Translation | Refusal {
   const { payload } = request
-  const { call_sid, direction, from, to } = payload
-  if (!textOf(call_sid)) return new Refusal('missing_field', 'call_sid wants the call', 'call_sid')
+  const { direction, from, to } = payload
+  const call_sid = textOf(payload.call_sid)
+  if (call_sid === undefined) return missingCall('call_sid')
   const word = textOf(payload.call_status)
   const status = STATUSES.get(word ?? '') ?? word
   const common = { call_sid, source: 'jambonz' }
   const id = contentKey(payload) // no webhook has an id or a time
   const events: ProviderEvent[] = []
-  if (textOf(from) && textOf(to)) {
-    events.push({ ...common, type: 'call.started', id: 'jambonz', provider: 'jambonz', direction, from, to })
+  if (textOf(from) || textOf(to)) {
+    events.push(callStarted(common, 'jambonz', { direction, from, to }))
   }
   if (payload.speech !== undefined) {
     const { is_final } = objectOf(payload.speech)
@@ -63,11 +58,14 @@ function translate(request: ReadRequest): Translation | Refusal {
     if (status) events.push({ ...common, type: 'call.status', id: word, status })
     return { events: [...events, spoken(request, common)] }
   }
-  const known = ['call_sid', 'direction', 'from', 'to', 'duration', ...(word === status ? ['call_status'] : [])]
+  const hasEnded = END_STATUSES.has(status ?? '')
+  const known = ['call_sid', ...(events.length > 0 ? ['direction', 'from', 'to'] : [])]
+  if (status !== undefined && word === status) known.push('call_status')
+  if (hasEnded && numberOf(payload.duration) !== undefined) known.push('duration')
   const meta = without(payload, ...known)
   // Without a status it is another kind of hook: its fields are kept all the same.
   events.push({ ...common, type: status ? 'call.status' : 'call.data', id, ...(status && { status }), meta })
-  if (END_STATUSES.has(status ?? '')) {
+  if (hasEnded) {
     const reason = (status === 'completed' ? undefined : textOf(payload.sip_reason)) ?? word
     events.push({ ...common, type: 'call.ended', id, reason, duration_seconds: numberOf(payload.duration) })
   }
@@ -75,7 +73,7 @@ function translate(request: ReadRequest): Translation | Refusal {
 }
 
 /** [doc] verb hooks: `speech{is_final, language_code, alternatives[{transcript, confidence}]}`, in older versions in `transcripts[]`. */
-function spoken({ payload, header }: ReadRequest, common: JsonObject & { call_sid: unknown }): ProviderEvent {
+function spoken({ payload, header }: ReadRequest, common: Common): ProviderEvent {
   const speech = objectOf(payload.speech)
   const [older] = arrayOf(speech.transcripts).map(objectOf)
   const [best] = arrayOf(speech.alternatives ?? older?.alternatives).map(objectOf)

@@ -1,7 +1,7 @@
 /** Reading payloads whose values may be of any type: forms have strings only, and pages disagree. */
 import { createHash } from 'node:crypto'
 import { Refusal } from '../../shared/events.js'
-import type { JsonObject } from './provider.js'
+import { isObject, type JsonObject } from '../../shared/json.js'
 
 /** A string that says something; numbers as they are written. */
 export function textOf(value: unknown): string | undefined {
@@ -9,15 +9,24 @@ export function textOf(value: unknown): string | undefined {
   return typeof value === 'string' && value.trim() !== '' && value !== 'null' ? value : undefined
 }
 
+/** The same, or else nothing: for looking things up. (String() throws for {"toString": 1}.) */
+export const wordOf = (value: unknown): string => (typeof value === 'boolean' ? String(value) : (textOf(value) ?? ''))
+
 export function numberOf(value: unknown): number | undefined {
   const text = textOf(value)
   const number = text === undefined ? Number.NaN : Number(text)
   return Number.isFinite(number) ? number : undefined
 }
 
+/** Seconds, since the epoch or since something else, as whole ms. */
+export function msOf(seconds: unknown): number | undefined {
+  const number = numberOf(seconds)
+  return number === undefined ? undefined : Math.round(number * 1000)
+}
+
 /** An object, or none: an empty one. */
 export function objectOf(value: unknown): JsonObject {
-  return typeof value === 'object' && value !== null && !Array.isArray(value) ? (value as JsonObject) : {}
+  return isObject(value) ? value : {}
 }
 
 export function arrayOf(value: unknown): unknown[] {
@@ -39,16 +48,11 @@ export function without(payload: JsonObject, ...names: string[]): JsonObject {
   return Object.fromEntries(Object.entries(payload).filter(([name]) => !names.includes(name)))
 }
 
-/** Without the fields that are undefined: an event must not have them. */
-export function defined<T extends JsonObject>(object: T): T {
-  return Object.fromEntries(Object.entries(object).filter(([, value]) => value !== undefined)) as T
-}
-
 const MAX_KEY_CHARS = 128
 
 /** An idempotency key of parts that a provider's retries repeat. */
 export function keyOf(...parts: unknown[]): string {
-  const key = parts.map(String).join('-')
+  const key = parts.map((part) => (isPlain(part) ? String(part) : contentKey({ part }))).join('-')
   return key.length <= MAX_KEY_CHARS && key.isWellFormed() && !key.includes('\0') ? key : digestOf(key)
 }
 
@@ -68,8 +72,10 @@ function canonical(value: unknown, depth: number): unknown {
   return Object.fromEntries(sorted.map(([name, each]) => [name, canonical(each, depth - 1)]))
 }
 
+const isPlain = (value: unknown): boolean => typeof value !== 'object' || value === null
+
 const digestOf = (text: string) => createHash('sha256').update(text).digest('base64url').slice(0, 32)
 
 /** @param path the field that names the call */
 export const missingCall = (path: string) =>
-  new Refusal('missing_field', `${path} is required and wants the id of the call that this is of`, path)
+  new Refusal('missing_field', `${path} is required and wants the call's id`, path)

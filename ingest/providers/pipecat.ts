@@ -2,9 +2,10 @@
  * Pipecat has no webhooks: the bot's own handlers of its aggregators' events post what they were given, with the event's
  * name, to `/webhooks/pipecat?call_sid=X`. No signature: INGEST_TOKENS.
  */
-import { Refusal } from '../../shared/events.js'
-import { contentKey, textOf, without } from './payload.js'
-import type { JsonObject, Provider, Translation } from './provider.js'
+import type { Refusal } from '../../shared/events.js'
+import type { JsonObject } from '../../shared/json.js'
+import { contentKey, missingCall, textOf, without } from './payload.js'
+import type { CreateProvider, Translation } from './provider.js'
 
 /** [sdk] Older versions have `on_user_turn_stopped` only; newer ones send both, with the same text and time: one turn. */
 const SPEAKERS = new Map([
@@ -14,16 +15,14 @@ const SPEAKERS = new Map([
 ])
 const ENDS = new Set(['on_client_disconnected', 'on_pipeline_finished'])
 
-export function createPipecat(): Provider {
-  return {
-    name: 'pipecat',
-    routes: [''],
-    toEvents: ({ payload, query }) => translate(payload, query.get('call_sid') || payload.call_sid),
-  }
-}
+export const createPipecat: CreateProvider = () => ({
+  name: 'pipecat',
+  routes: [''],
+  toEvents: ({ payload, query }) => translate(payload, textOf(query.get('call_sid')) ?? textOf(payload.call_sid)),
+})
 
-function translate(payload: JsonObject, call_sid: unknown): Translation | Refusal {
-  if (!textOf(call_sid)) return new Refusal('missing_field', '?call_sid= wants the call', 'call_sid')
+function translate(payload: JsonObject, call_sid: string | undefined): Translation | Refusal {
+  if (call_sid === undefined) return missingCall('call_sid')
   const { event, content, timestamp, interrupted } = payload
   const common = { call_sid, ts: textOf(timestamp), source: 'pipecat' }
   const name = textOf(event) ?? ''

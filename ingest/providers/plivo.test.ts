@@ -1,9 +1,10 @@
 import { createHmac } from 'node:crypto'
 import { describe, expect, test } from 'vitest'
 import { readConfig } from '../../shared/config.js'
+import type { JsonObject } from '../../shared/json.js'
 import { createPlivo } from './plivo.js'
 import { verifySignature } from './plivo-signature.js'
-import type { JsonObject, ReadRequest, Translation } from './provider.js'
+import type { ReadRequest, Translation } from './provider.js'
 
 const TOKEN = 'Y2Q2ZDgxZmY5YWRiOTI5YmQ1Njg0MTAxZWIyOTc4'
 const NONCE = '31627761595286130198'
@@ -56,6 +57,12 @@ describe('signature', () => {
     Event: 'StartApp',
   }
   const posted = 'iAjE5QqI37mbkYe4w3jTMudqEzbDufdqi7sYwTu64e0='
+
+  test('a_form_that_is_larger_than_any_is_not_even_hashed', () => {
+    const body = `CallUUID=${'a'.repeat(128 * 1024)}`
+    const signature = signed(`${url}?${body.replace('=', '')}`)
+    expect(refusalOf(signature, { urls: [url], body })).toContain('at most')
+  })
 
   test.each([
     ['POST', 'iAjE5QqI37mbkYe4w3jTMudqEzbDufdqi7sYwTu64e0=', url, form(fields)],

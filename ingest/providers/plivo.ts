@@ -1,14 +1,11 @@
 /** Plivo's voice callbacks, whatever URL they are configured for: they all have the same fields. [doc, sdk: plivo-node] */
+
 import { END_STATUSES } from '../../shared/events.js'
+import type { JsonObject } from '../../shared/json.js'
+import { callStarted } from './call-started.js'
 import { contentKey, jsonOf, missingCall, numberOf, objectOf, textOf, without } from './payload.js'
 import { verifySignature } from './plivo-signature.js'
-import {
-  type CreateProvider,
-  EMPTY_RESPONSE,
-  type JsonObject,
-  type ProviderEvent,
-  type ReadRequest,
-} from './provider.js'
+import { type Common, type CreateProvider, EMPTY_RESPONSE, type ProviderEvent, type ReadRequest } from './provider.js'
 
 export const createPlivo: CreateProvider = ({ PLIVO_AUTH_TOKEN: tokens }) => ({
   name: 'plivo',
@@ -19,8 +16,9 @@ export const createPlivo: CreateProvider = ({ PLIVO_AUTH_TOKEN: tokens }) => ({
     const fields = fieldsOf(request)
     const callSid = textOf(fields.CallUUID) ?? textOf(fields.call_uuid)
     if (callSid === undefined) return missingCall('CallUUID')
-    const of = { call_sid: callSid, source: 'plivo', id: contentKey(fields) }
-    return { events: [started(fields, of), ...translate(fields, of)] }
+    // There are no numbers: what is sent again is the same.
+    const common = { call_sid: callSid, source: 'plivo', id: contentKey(fields) }
+    return { events: [started(fields, common), ...translate(fields, common)] }
   },
   // The answer URL wants XML, the others take it.
   answer: () => EMPTY_RESPONSE,
@@ -36,23 +34,20 @@ function fieldsOf({ query, payload }: ReadRequest): JsonObject {
   }
 }
 
-interface Of {
-  call_sid: string
-  source: string
-  /** There are no numbers: what is sent again is the same. */
-  id: string
+function started({ Direction, From, To }: JsonObject, common: Common): ProviderEvent {
+  return callStarted(common, 'plivo', { direction: Direction, from: From, to: To })
 }
 
-function started({ Direction, From, To }: JsonObject, of: Of): ProviderEvent {
-  const who = { provider: 'plivo', direction: Direction, from: textOf(From), to: textOf(To) }
-  return { ...of, type: 'call.started', id: 'plivo', ...who }
-}
+/** Those that the contract has other words for. */
+const STATUSES = new Map([
+  ['timeout', 'no-answer'],
+  ['cancel', 'canceled'],
+  ['cancelled', 'canceled'],
+])
 
-const STATUSES: Record<string, string> = { timeout: 'no-answer', cancel: 'canceled', cancelled: 'canceled' }
-
-function translate(fields: JsonObject, of: Of): ProviderEvent[] {
+function translate(fields: JsonObject, common: Common): ProviderEvent[] {
   const word = textOf(fields.CallStatus)
-  const status = word === undefined ? undefined : (STATUSES[word] ?? word)
+  const status = STATUSES.get(word ?? '') ?? word
   const recording_url = textOf(fields.RecordUrl) ?? textOf(fields.record_url)
   const duration_seconds = numberOf(fields.Duration)
   const digits = textOf(fields.Digits)
@@ -67,11 +62,11 @@ function translate(fields: JsonObject, of: Of): ProviderEvent[] {
     ...(status === word ? ['CallStatus'] : []),
   )
   const events: ProviderEvent[] = []
-  if (status === undefined && recording_url === undefined) events.push({ ...of, type: 'call.data', meta })
-  else events.push({ ...of, type: 'call.status', status, recording_url, meta })
-  if (digits !== undefined) events.push({ ...of, type: 'call.data', data: { digits } })
+  if (status === undefined && recording_url === undefined) events.push({ ...common, type: 'call.data', meta })
+  else events.push({ ...common, type: 'call.status', status, recording_url, meta })
+  if (digits !== undefined) events.push({ ...common, type: 'call.data', data: { digits } })
   if (status !== undefined && END_STATUSES.has(status)) {
-    events.push({ ...of, type: 'call.ended', reason: textOf(fields.HangupCause) ?? word, duration_seconds })
+    events.push({ ...common, type: 'call.ended', reason: textOf(fields.HangupCause) ?? word, duration_seconds })
   }
   return events
 }

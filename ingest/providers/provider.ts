@@ -3,17 +3,22 @@
  *
  * An adapter turns requests and messages into events as `POST /v1/events` takes them. It may be generous with them: what is
  * not as it should be is moved to `meta` (see webhooks.ts), for a provider cannot mend what it sends.
+ *
+ * Where a format is known from, adapters say in brackets: [doc] the provider's documentation, [sdk] its own SDK, [code] the
+ * code of those who receive it.
  */
 import type { Config } from '../../shared/config.js'
 import type { Refusal } from '../../shared/events.js'
+import type { JsonObject } from '../../shared/json.js'
 
-export type JsonObject = Record<string, unknown>
-
-/** An event before it is judged. */
+/** An event before it is judged; a field that is undefined is not there. */
 export interface ProviderEvent extends JsonObject {
   type: 'call.started' | 'call.status' | 'turn' | 'call.data' | 'call.ended'
   call_sid: unknown
 }
+
+/** What all events of a request or a message have. */
+export type Common = JsonObject & Pick<ProviderEvent, 'call_sid'>
 
 /** A webhook's request, or the one that opens a WebSocket. */
 export interface ProviderRequest {
@@ -88,6 +93,8 @@ export interface Provider {
   readonly takesPathSecret?: boolean
   /** The variable that `verify` needs, for messages. */
   readonly secretVariable?: string
+  /** `verify` needs the request's head alone: who fails is turned away before he has sent a body. */
+  readonly isSecretInHead?: boolean
   /**
    * Is it from the provider, of now, and unchanged? Absent when its secret is not configured: then INGEST_TOKENS guard it.
    *

@@ -1,7 +1,8 @@
 import { createHmac } from 'node:crypto'
 import { describe, expect, test } from 'vitest'
 import { readConfig } from '../../shared/config.js'
-import type { JsonObject, ReadRequest, Translation } from './provider.js'
+import type { JsonObject } from '../../shared/json.js'
+import type { ReadRequest, Translation } from './provider.js'
 import { createRetell } from './retell.js'
 
 const KEY = 'key_of_retell'
@@ -33,7 +34,7 @@ describe('verify', () => {
     }
     expect(refusalOf(right, BODY.replace('x', 'y'))).toMatch(/does not fit/)
     for (const old of [signature(NOW - 300_001), signature(NOW + 300_001), signature('now'), signature('')]) {
-      expect(refusalOf(old), old).toMatch(/five minutes/)
+      expect(refusalOf(old), old).toMatch(/of the last 5 minutes/)
     }
   })
 })

@@ -1,7 +1,8 @@
 import { generateKeyPairSync, type KeyObject, sign } from 'node:crypto'
 import { describe, expect, test } from 'vitest'
 import { OperatorError, readConfig } from '../../shared/config.js'
-import type { JsonObject, ReadRequest, Translation } from './provider.js'
+import type { JsonObject } from '../../shared/json.js'
+import type { ReadRequest, Translation } from './provider.js'
 import { createTelnyx } from './telnyx.js'
 
 const NOW = Date.UTC(2026, 5, 16)
@@ -62,7 +63,7 @@ describe('verify', () => {
     expect(refusalOf(right, t, BODY.replace('x', 'y'))).toMatch(/does not fit/)
     expect(refusalOf(right, t + 1)).toMatch(/does not fit/)
     for (const old of [t - 301, t + 301, 'now', '']) {
-      expect(refusalOf(signature(old), old), String(old)).toMatch(/five minutes/)
+      expect(refusalOf(signature(old), old), String(old)).toMatch(/of the last 5 minutes/)
     }
   })
 
@@ -89,6 +90,13 @@ test('the_call_is_the_session_else_the_leg_else_what_it_is_controlled_by', () =>
   expect(sidOf(ids)).toBe('session')
   expect(sidOf({ ...ids, call_session_id: null })).toBe('leg')
   expect(sidOf({ call_control_id: 'v3:control' })).toBe('v3:control')
+})
+
+test.each(['constructor', 'toString', '__proto__'])('%s_is_a_type_and_a_cause_as_any_other', (word) => {
+  const { events } = translated(word, { call_session_id: 's' }) as Translation
+  expect(events.at(-1)).toMatchObject({ type: 'call.data', meta: { event_type: word } })
+  const hangup = translated('call.hangup', { call_session_id: 's', hangup_cause: word }) as Translation
+  expect(hangup.events.slice(-2)).toMatchObject([{ status: undefined }, { type: 'call.ended', reason: word }])
 })
 
 describe('a_hangup', () => {

@@ -1,18 +1,19 @@
 /** Telnyx Call Control: `{data: {event_type, id, occurred_at, payload}}`. [doc, sdk: telnyx's webhooks] */
+
 import { createPublicKey, type KeyObject, verify as verifySignature } from 'node:crypto'
 import { OperatorError } from '../../shared/config.js'
-import { keyOf, missingCall, objectOf, textOf, without } from './payload.js'
+import type { JsonObject } from '../../shared/json.js'
+import { callStarted } from './call-started.js'
+import { contentKey, keyOf, missingCall, objectOf, textOf, without } from './payload.js'
 import {
+  type Common,
   type CreateProvider,
   IGNORED,
-  type JsonObject,
   type ProviderEvent,
   type ProviderRequest,
   type Translation,
 } from './provider.js'
-import { forbidden, isFresh } from './signature.js'
-
-const TOLERANCE_MS = 5 * 60_000
+import { forbidden, notFresh } from './signature.js'
 
 /** @throws OperatorError when a TELNYX_PUBLIC_KEY is none */
 export const createTelnyx: CreateProvider = ({ TELNYX_PUBLIC_KEY }) => {
@@ -28,10 +29,16 @@ export const createTelnyx: CreateProvider = ({ TELNYX_PUBLIC_KEY }) => {
       const fields = objectOf(data.payload)
       const callSid = IDENTITY.map((field) => textOf(fields[field])).find((id) => id !== undefined)
       if (callSid === undefined) return OF_CALLS.test(eventType) ? missingCall('data.payload.call_session_id') : IGNORED
-      const of = { call_sid: callSid, source: 'telnyx', id: textOf(data.id), ts: data.occurred_at }
-      const translate = TRANSLATE[eventType] ?? other
-      const { events, ...rest } = translate(fields, of, eventType)
-      return events.length > 0 ? { events: [started(fields, of), ...events], ...rest } : IGNORED
+      // Sent again, it has its id again.
+      const id = textOf(data.id) === undefined ? contentKey(data) : keyOf(data.id)
+      const common = { call_sid: callSid, source: 'telnyx', id, ts: data.occurred_at }
+      const translate = TRANSLATE.get(eventType) ?? other
+      const { events, ...rest } = translate(fields, common, eventType)
+      const [said, ...others] = events
+      if (!said) return IGNORED
+      const around = { ...without(payload, 'data'), ...without(data, 'payload', 'event_type', 'id', 'occurred_at') }
+      const whole = { ...said, meta: { ...around, ...objectOf(said.meta) } }
+      return { events: [started(fields, common), whole, ...others], ...rest }
     },
   }
 }
@@ -52,8 +59,7 @@ function verify({ header, body, receivedMs }: ProviderRequest, keys: KeyObject[]
   if (!keys.some((key) => verifySignature(null, signed, key, signature))) {
     return forbidden('Telnyx-Signature-Ed25519 does not fit TELNYX_PUBLIC_KEY')
   }
-  const isNow = isFresh(Number(timestamp) * 1000, receivedMs, TOLERANCE_MS)
-  return isNow ? undefined : forbidden('Telnyx-Timestamp is older than five minutes')
+  return notFresh('Telnyx-Timestamp', Number(timestamp) * 1000, receivedMs)
 }
 
 /**
@@ -65,83 +71,75 @@ const IDENTITY = ['call_session_id', 'call_leg_id', 'call_control_id']
 /** Other types, of messages and faxes, are of no call; what says nothing is. */
 const OF_CALLS = /^call\.|^$/
 
-interface Of {
-  call_sid: string
-  source: string
-  /** The same when it is sent again. */
-  id: string | undefined
-  ts: unknown
-}
-type Translate = (fields: JsonObject, of: Of, eventType: string) => Translation
+type Translate = (fields: JsonObject, common: Common, eventType: string) => Translation
 
-const TRANSLATE: Record<string, Translate> = {
-  'call.initiated': (fields, of) => status('initiated', fields, of),
-  'call.answered': (fields, of) => status('in-progress', fields, of),
-  'call.hangup': hangup,
-  'call.transcription': transcription,
-  'call.recording.saved': recording,
-}
-
-const DIRECTIONS: JsonObject = { incoming: 'inbound', outgoing: 'outbound' }
+const TRANSLATE = new Map<string, Translate>([
+  ['call.initiated', (fields, common) => status('initiated', fields, common)],
+  ['call.answered', (fields, common) => status('in-progress', fields, common)],
+  ['call.hangup', hangup],
+  ['call.transcription', transcription],
+  ['call.recording.saved', recording],
+])
 
 /** Of the session, the earliest counts, of whichever leg, and not all events of a leg have a direction: so each has its key. */
-function started({ call_leg_id, direction, from, to }: JsonObject, of: Of): ProviderEvent {
-  const id = keyOf('telnyx', call_leg_id, direction)
-  const known = DIRECTIONS[String(direction)] ?? direction
-  return { ...of, type: 'call.started', id, provider: 'telnyx', direction: known, from, to }
+function started({ call_leg_id, direction, from, to }: JsonObject, common: Common): ProviderEvent {
+  const id = keyOf('telnyx', call_leg_id, contentKey({ direction, from, to }))
+  return callStarted(common, 'telnyx', { direction, from, to }, { id })
 }
 
-const status = (status: string, fields: JsonObject, of: Of): Translation => ({
-  events: [{ ...of, type: 'call.status', status, meta: metaOf(fields) }],
+const status = (status: string, fields: JsonObject, common: Common): Translation => ({
+  events: [{ ...common, type: 'call.status', status, meta: metaOf(fields) }],
 })
 
 const metaOf = (fields: JsonObject) => without(fields, 'from', 'to', 'direction')
 
 /** A cause that nobody knows is no failure: `unspecified`. [sdk: CallHangup's hangup_cause] */
-const END_STATUSES: Record<string, string> = {
-  normal_clearing: 'completed',
-  time_limit: 'completed',
-  user_busy: 'busy',
-  call_rejected: 'busy',
-  timeout: 'no-answer',
-  no_answer: 'no-answer',
-  originator_cancel: 'canceled',
-  not_found: 'failed',
-}
+const STATUS_OF_CAUSE = new Map([
+  ['normal_clearing', 'completed'],
+  ['time_limit', 'completed'],
+  ['user_busy', 'busy'],
+  ['call_rejected', 'busy'],
+  ['timeout', 'no-answer'],
+  ['no_answer', 'no-answer'],
+  ['originator_cancel', 'canceled'],
+  ['not_found', 'failed'],
+])
 
 /** Why a leg ends that nobody has answered. */
 const UNANSWERED = new Set(['busy', 'no-answer', 'canceled', 'failed'])
 
-function hangup(fields: JsonObject, of: Of): Translation {
+function hangup(fields: JsonObject, common: Common): Translation {
   const reason = textOf(fields.hangup_cause)
-  const status = END_STATUSES[reason ?? '']
-  const said: ProviderEvent = { ...of, type: 'call.data', meta: metaOf(fields) }
+  const status = STATUS_OF_CAUSE.get(reason ?? '')
+  const said: ProviderEvent = { ...common, type: 'call.data', meta: metaOf(fields) }
   const ended: ProviderEvent[] = [
-    { ...of, type: 'call.status', status },
-    { ...of, type: 'call.ended', reason },
+    { ...common, type: 'call.status', status },
+    { ...common, type: 'call.ended', reason },
   ]
   if (status !== undefined && UNANSWERED.has(status)) return { events: [said], unlessAnswered: ended }
   return { events: [said, ...ended] }
 }
 
 /** Of the leg, inbound is what its other end says; it is all that is transcribed unless both tracks are asked for. */
-function transcription(fields: JsonObject, of: Of): Translation {
+function transcription(fields: JsonObject, common: Common): Translation {
   const { transcript, confidence, is_final, transcription_track: track, ...rest } = objectOf(fields.transcription_data)
   const text = textOf(transcript)
-  if (is_final === false || text === undefined) return IGNORED
+  if (is_final === false || transcript === '') return IGNORED
+  if (text === undefined) return other(fields, common, 'call.transcription')
   const speaker = track === 'outbound' ? 'agent' : 'customer'
   const meta = { ...without(metaOf(fields), 'transcription_data'), ...rest, transcription_track: track }
-  return { events: [{ ...of, type: 'turn', speaker, text, confidence, meta }] }
+  if (is_final !== true) Object.assign(meta, { is_final })
+  return { events: [{ ...common, type: 'turn', speaker, text, confidence, meta }] }
 }
 
 /** Public URLs stay; the others are signed for ten minutes. */
-function recording(fields: JsonObject, of: Of): Translation {
+function recording(fields: JsonObject, common: Common): Translation {
   const urls = { ...objectOf(fields.recording_urls), ...objectOf(fields.public_recording_urls) }
   const recording_url = textOf(urls.mp3) ?? textOf(urls.wav)
-  return { events: [{ ...of, type: 'call.status', recording_url, meta: metaOf(fields) }] }
+  return { events: [{ ...common, type: 'call.status', recording_url, meta: metaOf(fields) }] }
 }
 
 /** DTMF, machine detection, streaming, bridging, and whatever is added. */
-const other: Translate = (fields, of, event_type) => ({
-  events: [{ ...of, type: 'call.data', meta: { event_type, ...metaOf(fields) } }],
+const other: Translate = (fields, common, event_type) => ({
+  events: [{ ...common, type: 'call.data', meta: { event_type, ...metaOf(fields) } }],
 })

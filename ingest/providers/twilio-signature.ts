@@ -8,24 +8,20 @@ import { createHash } from 'node:crypto'
 import * as querystring from 'node:querystring'
 import type { Refusal } from '../../shared/events.js'
 import type { ProviderRequest } from './provider.js'
-import { forbidden, isSigned } from './signature.js'
-
-const FORM = 'application/x-www-form-urlencoded'
-/** Far more than Twilio sends: whoever it is from, it is hashed once for each way to write the URL. */
-const MAX_FORM_BYTES = 1024 * 1024
+import { forbidden, isForm, isSigned, MAX_FORM_BYTES, splitQuery } from './signature.js'
 
 /** @param tokens auth tokens, of which any may have signed it */
 export function verifySignature(request: ProviderRequest, tokens: string[]): Refusal | undefined {
   const given = request.header('x-twilio-signature')
   if (given === '') return forbidden('X-Twilio-Signature is missing')
   const { body, publicUrls } = request
-  const isForm = request.header('content-type').split(';')[0]!.trim().toLowerCase() === FORM
-  if (isForm && body.length > MAX_FORM_BYTES) return forbidden(`Twilio's forms have at most ${MAX_FORM_BYTES} bytes`)
+  const isParams = isForm(request)
+  if (isParams && body.length > MAX_FORM_BYTES) return forbidden(`Twilio's forms have at most ${MAX_FORM_BYTES} bytes`)
   // Of any other body the URL carries the digest, and so the signature covers it, too.
-  if (!isForm && body.length > 0 && !hasItsDigest(request)) {
+  if (!isParams && body.length > 0 && !hasItsDigest(request)) {
     return forbidden('bodySHA256 in the URL is not the SHA-256 of the body')
   }
-  const params = isForm ? signedParams(new URLSearchParams(body.toString('utf8'))) : ''
+  const params = isParams ? signedParams(new URLSearchParams(body.toString('utf8'))) : ''
   const isFromTwilio = spellingsOf(publicUrls).some((url) => isSigned(given, 'sha1', 'base64', tokens, url, params))
   if (isFromTwilio) return undefined
   return forbidden(
@@ -57,7 +53,7 @@ function spellingsOf(urls: string[]): string[] {
 
 /** The query as `node:querystring` writes it: `'` and not `%27`. */
 function withNodesEscapes(url: string): string {
-  const [base, query] = split(url)
+  const [base, query] = splitQuery(url)
   return query === '' ? url : `${base}?${querystring.stringify(querystring.parse(query, '&', '=', { maxKeys: 0 }))}`
 }
 
@@ -70,13 +66,8 @@ function withAndWithoutPort(url: string): string[] {
 
 /** A WebSocket's URL may be signed with a slash at its end; and its query like a form (which only ConversationRelay has). */
 function handshakeTexts(url: string): string[] {
-  const [base, query] = split(url)
+  const [base, query] = splitQuery(url)
   const suffix = query === '' ? '' : `?${query}`
   const params = signedParams(new URLSearchParams(query))
   return [base + suffix, `${base}/${suffix}`, base + params, `${base}/${params}`]
-}
-
-function split(url: string): [base: string, query: string] {
-  const mark = url.indexOf('?')
-  return mark < 0 ? [url, ''] : [url.slice(0, mark), url.slice(mark + 1)]
 }

@@ -7,9 +7,10 @@
  * The end of either is taken for the end of the call. Where the call goes on, its status callbacks say so, and everything that
  * comes later is worked into its row; only `ended_at` stays that of the stream.
  */
+import type { JsonObject } from '../../shared/json.js'
 import { keyOf, objectOf, textOf, without } from './payload.js'
-import type { JsonObject, ProviderEvent, ProviderStream } from './provider.js'
-import { callStarted, type EventFields, twilioEvents } from './twilio-events.js'
+import type { ProviderEvent, ProviderStream } from './provider.js'
+import { type EventFields, startedEvents, twilioEvents } from './twilio-events.js'
 
 /** 1005: closed in order, but without a code. */
 const NORMAL_CLOSURE = new Set([1000, 1005])
@@ -21,11 +22,9 @@ export class TwilioStream implements ProviderStream {
   /** ConversationRelay's session. */
   private sessionId: string | undefined
   private isRelay = false
-  private messages = 0
 
   toEvents(message: JsonObject): ProviderEvent[] | undefined {
     if (message.event === 'media') return undefined
-    this.messages++
     this.isRelay ||= message.event === undefined && message.type !== undefined
     const events = this.isRelay ? this.relayed(message) : this.streamed(message)
     return twilioEvents(this.callSid, events)
@@ -44,42 +43,41 @@ export class TwilioStream implements ProviderStream {
       return []
     }
     const { callSid, ...body } = objectOf(message[event])
+    const isObject = message[event] === objectOf(message[event])
     this.callSid = textOf(callSid) ?? this.callSid
     const { streamSid, sequenceNumber } = message
     const id = textOf(sequenceNumber) && keyOf(streamSid, sequenceNumber)
-    const meta = { ...without(message, event), ...body }
+    const meta = { ...(isObject ? without(message, event) : message), ...body }
     if (event === 'start')
       return [{ type: 'call.started', id, provider: 'twilio', meta: { ...this.connected, ...meta } }]
     if (event === 'stop') return [{ type: 'call.ended', id, reason: 'stop', meta }]
     return [{ type: 'call.data', id, meta }]
   }
 
-  /** ConversationRelay [sdk] */
+  /**
+   * ConversationRelay [sdk] Its messages have no numbers, and so no id: were they counted here, a bot that opens its WebSocket
+   * once more would begin anew, and its second prompt would pass for the first one.
+   */
   private relayed(message: JsonObject): EventFields[] {
     if (message.type === 'setup') {
       this.callSid = textOf(message.callSid)
       this.sessionId = textOf(message.sessionId)
       const { from, to, direction, callStatus } = message
       const meta = without(message, 'callSid', 'from', 'to', 'callStatus')
-      const status = { type: 'call.status', id: this.id(), status: callStatus, meta } as const
-      return [...callStarted('twilio', from, to, direction), status]
+      const status = { type: 'call.status', status: callStatus, meta } as const
+      return [...startedEvents('twilio', from, to, direction), status]
     }
     if (message.type === 'prompt') {
       if (message.last === false) return []
       const { voicePrompt: text = '', lang: language } = message
       const meta = without(message, 'voicePrompt', 'lang')
-      return [{ type: 'turn', id: this.id(), speaker: 'customer', text, language, meta }]
+      return [{ type: 'turn', speaker: 'customer', text, language, meta }]
     }
     if (message.type === 'interrupt') {
       const { utteranceUntilInterrupt: text = '' } = message
       const meta = without(message, 'utteranceUntilInterrupt')
-      return [{ type: 'turn', id: this.id(), speaker: 'agent', text, interrupted: true, meta }]
+      return [{ type: 'turn', speaker: 'agent', text, interrupted: true, meta }]
     }
-    return [{ type: 'call.data', id: this.id(), meta: message }]
-  }
-
-  /** Its messages have no numbers, but come in order. */
-  private id(): string | undefined {
-    return this.sessionId && keyOf(this.sessionId, this.messages)
+    return [{ type: 'call.data', meta: message }]
   }
 }

@@ -1,16 +1,10 @@
 /** Twilio: status callbacks, Real-Time Transcription, recordings. (`/streams/twilio`: twilio-stream.ts) */
 import { DateTime } from 'luxon'
-import { END_STATUSES, Refusal } from '../../shared/events.js'
-import { contentKey, jsonOf, keyOf, numberOf, objectOf, textOf, without } from './payload.js'
-import {
-  type CreateProvider,
-  EMPTY_RESPONSE,
-  IGNORED,
-  type JsonObject,
-  NO_CONTENT,
-  type ReadRequest,
-} from './provider.js'
-import { callStarted, type EventFields, twilioEvents } from './twilio-events.js'
+import { END_STATUSES } from '../../shared/events.js'
+import type { JsonObject } from '../../shared/json.js'
+import { contentKey, jsonOf, keyOf, missingCall, numberOf, objectOf, textOf, without, wordOf } from './payload.js'
+import { type CreateProvider, EMPTY_RESPONSE, IGNORED, NO_CONTENT, type ReadRequest } from './provider.js'
+import { type EventFields, startedEvents, twilioEvents } from './twilio-events.js'
 import { verifySignature } from './twilio-signature.js'
 import { TwilioStream } from './twilio-stream.js'
 
@@ -27,7 +21,7 @@ export const createTwilio: CreateProvider = ({ TWILIO_AUTH_TOKEN: tokens }) => (
   toEvents(request) {
     const payload = fieldsOf(request)
     const callSid = textOf(payload.CallSid)
-    if (callSid === undefined) return new Refusal('missing_field', 'CallSid wants the call that it is of', 'CallSid')
+    if (callSid === undefined) return missingCall('CallSid')
     const token = textOf(request.header('i-twilio-idempotency-token'))
     const events = ROUTES[request.route]!(payload, token === undefined ? contentKey(payload) : keyOf(token))
     if (events.length === 0) return IGNORED
@@ -44,9 +38,9 @@ export const createTwilio: CreateProvider = ({ TWILIO_AUTH_TOKEN: tokens }) => (
 function started({ From, To, Direction }: JsonObject, events: EventFields[]): EventFields[] {
   const { ts } = events[0]!
   const ended = events.find(({ type }) => type === 'call.ended')
-  if (!ended) return callStarted('twilio', From, To, Direction, ts)
+  if (!ended) return startedEvents('twilio', From, To, Direction, ts)
   const duration = numberOf(ended.duration_seconds) ?? 0
-  return callStarted('twilio-ended', From, To, Direction, numberOf(ts) && Number(ts) - duration * 1000)
+  return startedEvents('twilio-ended', From, To, Direction, numberOf(ts) && Number(ts) - duration * 1000)
 }
 
 /** A Voice URL, and the `action` of a verb, are asked what to do next; a callback only tells. */
@@ -157,11 +151,14 @@ function unread(payload: JsonObject, read: JsonObject): JsonObject {
   return without(payload, 'CallSid', 'From', 'To', ...names)
 }
 
-const isTrue = (value: unknown) => String(value).toLowerCase() === 'true'
-const isFalse = (value: unknown) => String(value).toLowerCase() === 'false'
+const isTrue = (value: unknown) => wordOf(value).toLowerCase() === 'true'
+const isFalse = (value: unknown) => wordOf(value).toLowerCase() === 'false'
+
+/** A longer one is none. */
+const MAX_TIME_CHARS = 64
 
 /** RFC 2822 or ISO 8601, epoch ms. */
 function timeOf(value: unknown): number | undefined {
-  const text = textOf(value) ?? ''
+  const text = (textOf(value) ?? '').slice(0, MAX_TIME_CHARS)
   return [DateTime.fromRFC2822(text), DateTime.fromISO(text, { zone: 'utc' })].find((time) => time.isValid)?.toMillis()
 }

@@ -1,6 +1,7 @@
 import { describe, expect, test } from 'vitest'
 import { readConfig } from '../../shared/config.js'
-import type { JsonObject, ReadRequest, Translation } from './provider.js'
+import type { JsonObject } from '../../shared/json.js'
+import type { ReadRequest, Translation } from './provider.js'
 import { createVapi } from './vapi.js'
 
 const vapi = createVapi(readConfig({ VAPI_SECRET: 'next, s3cret' }))

@@ -6,22 +6,22 @@
  * - a leg to a WebSocket is the bot's: it says nothing of the call's status;
  * - another outbound leg is the call itself or, once somebody has answered, an attempt to reach one more party.
  */
+
 import { createHash } from 'node:crypto'
-import type { Config } from '../../shared/config.js'
-import { END_STATUSES, Refusal } from '../../shared/events.js'
+import { END_STATUSES, type Refusal } from '../../shared/events.js'
+import type { JsonObject } from '../../shared/json.js'
 import { bearerToken } from '../auth.js'
-import { arrayOf, contentKey, jsonOf, keyOf, numberOf, objectOf, textOf, without } from './payload.js'
+import { callStarted } from './call-started.js'
+import { arrayOf, contentKey, jsonOf, keyOf, missingCall, numberOf, objectOf, textOf, without } from './payload.js'
 import {
-  type JsonObject,
+  type Common,
+  type CreateProvider,
   NO_CONTENT,
-  type Provider,
   type ProviderEvent,
   type ProviderRequest,
   type Translation,
 } from './provider.js'
-import { forbidden, isFresh, isSigned } from './signature.js'
-
-const TOLERANCE_MS = 5 * 60_000
+import { forbidden, isSigned, notFresh } from './signature.js'
 
 /** [doc] Vonage's words; any other one is no status of a call (`disconnected` is of a WebSocket, `transcribed` of a recording). */
 const STATUSES = new Map([
@@ -39,18 +39,15 @@ const STATUSES = new Map([
   ['unanswered', 'no-answer'],
 ])
 
-export function createVonage(config: Config): Provider {
-  const secrets = config.VONAGE_SIGNATURE_SECRET
-  return {
-    name: 'vonage',
-    routes: [''],
-    secretVariable: 'VONAGE_SIGNATURE_SECRET',
-    ...(secrets.length > 0 && { verify: (request: ProviderRequest) => verify(request, secrets) }),
-    toEvents: ({ payload }) => translate(payload),
-    // Anything else could be taken for an NCCO, which replaces what the call is doing.
-    answer: () => NO_CONTENT,
-  }
-}
+export const createVonage: CreateProvider = ({ VONAGE_SIGNATURE_SECRET: secrets }) => ({
+  name: 'vonage',
+  routes: [''],
+  secretVariable: 'VONAGE_SIGNATURE_SECRET',
+  ...(secrets.length > 0 && { verify: (request) => verify(request, secrets) }),
+  toEvents: ({ payload }) => translate(payload),
+  // Anything else could be taken for an NCCO, which replaces what the call is doing.
+  answer: () => NO_CONTENT,
+})
 
 /** [doc] A JWT of which Vonage uses only HS256: three lines of node:crypto, and no dependency that could accept another `alg`. */
 function verify(request: ProviderRequest, secrets: string[]): Refusal | undefined {
@@ -62,11 +59,9 @@ function verify(request: ProviderRequest, secrets: string[]): Refusal | undefine
     decoded(header).alg === 'HS256' && isSigned(signature, 'sha256', 'base64url', secrets, `${header}.${claims}`)
   if (!isOurs) return forbidden('the JWT is not signed with HS256 and VONAGE_SIGNATURE_SECRET')
   const { iat, exp, payload_hash } = decoded(claims)
-  const expires = numberOf(exp) ?? Number.POSITIVE_INFINITY
-  const sent = numberOf(iat) ?? Number.NaN
-  if (!isFresh(sent * 1000, request.receivedMs, TOLERANCE_MS) || expires * 1000 <= request.receivedMs) {
-    return forbidden('the JWT is not of the last 5 minutes')
-  }
+  const stale = notFresh('the JWT', (numberOf(iat) ?? Number.NaN) * 1000, request.receivedMs)
+  if (stale) return stale
+  if ((numberOf(exp) ?? Number.POSITIVE_INFINITY) * 1000 <= request.receivedMs) return forbidden('the JWT has expired')
   const signed = request.method === 'GET' ? signedQuery(request.query) : request.body
   const isUnchanged = signed !== undefined && payload_hash === createHash('sha256').update(signed).digest('hex')
   return isUnchanged ? undefined : forbidden('payload_hash is not that of what was sent')
@@ -80,32 +75,28 @@ function signedQuery(query: URLSearchParams): string | undefined {
 
 const decoded = (part: string): JsonObject => objectOf(jsonOf(Buffer.from(part, 'base64url').toString('utf8')))
 
-/** What all events of a request have. */
-type Common = JsonObject & { call_sid: unknown }
-
 function translate(payload: JsonObject): Translation | Refusal {
   const { uuid, call_uuid, conversation_uuid, conversation_uuid_from, from, to, direction } = payload
   const call_sid = [conversation_uuid, conversation_uuid_from, uuid, call_uuid].map(textOf).find(Boolean)
-  if (!call_sid) {
-    const wants = 'conversation_uuid wants the conversation; nor is there a uuid'
-    return new Refusal('missing_field', wants, 'conversation_uuid')
-  }
+  if (!call_sid) return missingCall('conversation_uuid')
   const common = { call_sid, ts: textOf(payload.timestamp), source: 'vonage' }
   const isOfBot = /^wss?:/i.test(textOf(to) ?? '')
   const events: ProviderEvent[] = []
-  if (textOf(from) && textOf(to) && !isOfBot) {
-    events.push({ ...common, type: 'call.started', id: 'vonage', provider: 'vonage', direction, from, to })
+  if ((textOf(from) || textOf(to)) && !isOfBot) {
+    events.push(callStarted(common, 'vonage', { direction, from, to }))
   }
   const status = isOfBot ? undefined : STATUSES.get(textOf(payload.status) ?? '')
   const said = { ...common, id: contentKey(payload) } // no event has an id
   if (!status) return { events: [...events, withoutStatus(payload, said)] }
 
   const statuses = ofStatus(payload, status, said)
-  const named = ['conversation_uuid', 'timestamp', 'from', 'to', 'direction', 'duration']
-  const meta = without(payload, ...named, ...(payload.status === status ? ['status'] : []))
-  events.push({ ...said, type: 'call.data', meta })
   // An inbound leg is a conversation's first one; and whoever else is called: what was answered or completed is so.
   const isOfCall = direction === 'inbound' || status === 'in-progress' || status === 'completed'
+  const named = ['conversation_uuid', ...(said.ts === undefined ? [] : ['timestamp'])]
+  if (events.length > 0) named.push('from', 'to', 'direction')
+  if (isOfCall && END_STATUSES.has(status) && numberOf(payload.duration) !== undefined) named.push('duration')
+  const meta = without(payload, ...named, ...(payload.status === status ? ['status'] : []))
+  events.push({ ...said, type: 'call.data', meta })
   return isOfCall ? { events: [...events, ...statuses] } : { events, unlessAnswered: statuses }
 }
 
@@ -121,7 +112,7 @@ function ofStatus(payload: JsonObject, status: string, said: Common): ProviderEv
 /** [doc] `record`, `input`, `transfer`, errors; what is of a bot's WebSocket; and whatever else. */
 function withoutStatus(payload: JsonObject, said: Common): ProviderEvent {
   const { recording_url, recording_uuid } = payload
-  const meta = without(payload, 'conversation_uuid', 'timestamp')
+  const meta = without(payload, 'conversation_uuid', ...(said.ts === undefined ? [] : ['timestamp']))
   if (textOf(recording_url)) {
     const id = textOf(recording_uuid) ? keyOf('recording', recording_uuid) : said.id
     return { ...said, type: 'call.status', id, recording_url, meta: without(meta, 'recording_url') }

@@ -1,6 +1,7 @@
 /** Calls as producers might send them, well or badly, for the model check. */
 import fc from 'fast-check'
-import { CALL_STATUSES, type CallEvent } from '../../shared/events.js'
+import { CALL_STATUSES } from '../../shared/event-rules.js'
+import type { CallEvent } from '../../shared/events.js'
 
 /** An event without its call. */
 export type Said = CallEvent extends infer E ? (E extends CallEvent ? Omit<E, 'call_sid'> : never) : never

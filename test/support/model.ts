@@ -94,6 +94,9 @@ function outcomeOf(verdict: string | null, status: string, reason: string | null
   if (status === 'failed') return 'error'
   if (status === 'busy' || status === 'no-answer') return 'no_answer'
   if (status === 'canceled') return customerSpoke ? 'disconnected' : 'no_answer'
+  // Redis may know of an end status that PostgreSQL took for the same event as another one: then it is only the reason.
+  if (reason === 'failed') return 'error'
+  if (!customerSpoke && (reason === 'busy' || reason === 'no-answer')) return 'no_answer'
   if (!customerSpoke && (spoke((speaker) => speaker === 'agent') || !answered)) return 'no_answer'
   return reason === 'abandoned' || reason === 'disconnected' ? 'disconnected' : null
 }

@@ -1,11 +1,11 @@
 /** A look: what some keys of the legacy bot hold now, and everything of it that is new into the streams. */
 import { hash as digest } from 'node:crypto'
-import type { Partitions } from '../shared/keys.js'
-import type { RedisClient } from '../shared/redis.js'
-import { endOf, type KnownCall, type News, newsOf, readKnownCall, type Stream } from './rescue-calls.js'
-import type { Condition, Report } from './rescue-report.js'
-import { callSidInKey, readSession, type Session, type UnreadableSession } from './rescue-session.js'
-import type { Found, Source, SourceKey } from './rescue-source.js'
+import type { Partitions } from '../../shared/keys.js'
+import type { RedisClient } from '../../shared/redis.js'
+import { endOf, type KnownCall, type News, newsOf, readKnownCall, type Stream } from './calls.js'
+import type { Condition, Report } from './report.js'
+import { callSidInKey, readSession, type Session, type UnreadableSession } from './session.js'
+import type { Found, Source, SourceKey } from './source.js'
 
 /** How long the ids of a call are kept once it is over. Should it go on after that, its stream is read again. */
 const KEPT_MS = 10 * 60_000
@@ -160,8 +160,10 @@ export class Rescue {
       }
       if (news) this.count(news)
       this.judgeLook(look)
+      // What changes under our eyes is not silent, however its bot's clock is set: that counts only for what was there before.
+      const hasChanged = look.key.digest !== undefined && look.key.digest !== look.digest
       look.key.digest = look.digest
-      if ('started' in look.session) look.key.lastMs = look.session.lastMs
+      if ('started' in look.session) look.key.lastMs = hasChanged ? Date.now() : look.session.lastMs
     }
     report.counts.turns = report.counts.new + report.counts.already_there
   }

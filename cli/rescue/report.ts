@@ -1,5 +1,5 @@
 /** What rescue found and did, counted; what could not be read, by key. */
-import { table } from './live-view.js'
+import { table } from '../live-view.js'
 
 /** Never with what was said in the call. */
 export interface Finding {

@@ -4,10 +4,11 @@
  * all there is, and comes often.
  */
 import { setTimeout as sleep } from 'node:timers/promises'
-import { backoffMs } from '../shared/backoff.js'
-import { reasonOf } from '../shared/log.js'
-import type { Rescue } from './rescue-look.js'
-import type { News } from './rescue-news.js'
+import { backoffMs } from '../../shared/backoff.js'
+import { isBug } from '../../shared/config.js'
+import { reasonOf } from '../../shared/log.js'
+import type { Rescue } from './look.js'
+import type { News } from './news.js'
 
 /** A bot writes its blob with every frame of audio: each key is read once in so long, at most. */
 const NEWS_MS = 500
@@ -53,7 +54,7 @@ export class Watch {
         await sleep(TICK_MS, undefined, { signal }).catch(() => undefined)
       } catch (error) {
         if (signal.aborted) return false // what could not be stored is there for the next run
-        if (error instanceof TypeError || error instanceof RangeError) throw error // a bug
+        if (isBug(error)) throw error // a bug
         if (this.failures++ === 0) say(`Redis does not do its part, trying again: ${reasonOf(error as Error)}`)
         this.nextScan = 0 // what news was taken is not stored
         await sleep(backoffMs(this.failures, FIRST_RETRY_MS, MAX_RETRY_MS), undefined, { signal }).catch(

@@ -1,8 +1,8 @@
 /** Keyspace notifications: the source's word that a key was written or is gone. Fire and forget: what is missed, a scan finds. */
 import { Cluster, type Redis } from 'ioredis'
-import { OperatorError } from '../shared/config.js'
-import { type Logger, reasonOf } from '../shared/log.js'
-import { connectSource, type Source, type SourceKey } from './rescue-source.js'
+import { OperatorError } from '../../shared/config.js'
+import { type Logger, reasonOf } from '../../shared/log.js'
+import { connectSource, type Source, type SourceKey } from './source.js'
 
 /** Notifications of string commands, of DEL and RENAME, of expired keys: what a session meets. (`A` has them all.) */
 const NEEDED_CLASSES = ['$', 'g', 'x']

@@ -7,19 +7,18 @@
  */
 import { createHash } from 'node:crypto'
 import { DateTime } from 'luxon'
+import { LATEST_MS } from '../../shared/event-rules.js'
 import {
   type CallData,
   type CallEnded,
   type CallStarted,
-  LATEST_MS,
   OWN_SOURCE,
   parseEvent,
   Refusal,
   type Turn,
-} from '../shared/events.js'
-import { isObject, readBlob, TRANSCRIPT_FIELD } from './rescue-json.js'
-
-type JsonObject = Record<string, unknown>
+} from '../../shared/events.js'
+import { isDeeperThan, isObject, type JsonObject } from '../../shared/json.js'
+import { readBlob, TRANSCRIPT_FIELD } from './json.js'
 
 /** Marks the events of rescue. */
 export const SOURCE = 'rescue'
@@ -27,7 +26,7 @@ export const SOURCE = 'rescue'
 const PROVIDER = 'exotel'
 
 const LEAD_FIELDS = ['lead_id', 'lead_name', 'lead_phone', 'property_type', 'location', 'budget', 'source']
-/** Left out: the bot's working memory, changed with every frame of audio, and worth nothing once the frame has passed. */
+/** Left out: the bot's working memory, changed with every frame of audio or turn, and worth nothing, or in the transcript, after it. */
 const VOLATILE_FIELDS = [
   'audio_buffer',
   'silence_chunks',
@@ -36,6 +35,8 @@ const VOLATILE_FIELDS = [
   'is_bot_speaking',
   'waiting_for_response',
   'should_stop_speaking',
+  'last_agent_question',
+  'last_agent_question_type',
 ]
 /** These have a place of their own in the events, if they are what they should be. */
 const PLACED_FIELDS = [
@@ -243,11 +244,6 @@ function boundedFields(entries: [string, unknown][]): JsonObject {
 function bounded(value: unknown): unknown {
   const json = toJson(value)
   return json.length > MAX_FIELD_CHARS || isDeeperThan(value, MAX_DEPTH) ? cut(json, MAX_FIELD_CHARS) : value
-}
-
-function isDeeperThan(value: unknown, depth: number): boolean {
-  if (typeof value !== 'object' || value === null) return false
-  return depth === 0 || Object.values(value).some((inner) => isDeeperThan(inner, depth - 1))
 }
 
 function toJson(value: unknown): string {

@@ -1,9 +1,9 @@
 /** The legacy bot's Redis. Only ever read from: SCAN, GET, and asked how it is set. */
 import { setImmediate as breathe } from 'node:timers/promises'
-import { Cluster, type Redis } from 'ioredis'
-import { OperatorError } from '../shared/config.js'
-import type { Logger } from '../shared/log.js'
-import { connectRedis, type RedisClient } from '../shared/redis.js'
+import type { Redis } from 'ioredis'
+import { OperatorError } from '../../shared/config.js'
+import type { Logger } from '../../shared/log.js'
+import { connectRedis, mastersOf, type RedisClient } from '../../shared/redis.js'
 
 /** How many keys SCAN looks at in one go. */
 const SCAN_COUNT = 500
@@ -37,9 +37,6 @@ export async function connectSource(url: string, log: Logger): Promise<RedisClie
     throw new OperatorError(error.message.replace('REDIS_URL', '--source'), { cause: error })
   }
 }
-
-export const mastersOf = (client: RedisClient): Redis[] =>
-  client instanceof Cluster ? client.nodes('master') : [client]
 
 export class Source {
   private bytesABlob = FIRST_BLOB_BYTES

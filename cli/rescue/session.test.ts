@@ -1,7 +1,7 @@
 import fc from 'fast-check'
 import { describe, expect, test } from 'vitest'
-import { parseEvent, Refusal, type Turn } from '../shared/events.js'
-import { callSidInKey, contentOf, presumedEnd, readSession, readTime, type Session } from './rescue-session.js'
+import { parseEvent, Refusal, type Turn } from '../../shared/events.js'
+import { callSidInKey, contentOf, presumedEnd, readSession, readTime, type Session } from './session.js'
 
 const item = (n: number, speaker = n % 2 === 0 ? 'ai' : 'user') => ({
   speaker,
@@ -73,7 +73,7 @@ test('a_session_becomes_the_events_of_its_call', () => {
     data: { bhk: 3 },
     stage: 'qualification',
     objections: ['price'],
-    meta: { last_agent_question: 'When?', escalation_requested: false, close_attempts: 1 },
+    meta: { escalation_requested: false, close_attempts: 1 },
   })
   expect(session).toMatchObject({ isTruncated: false, unreadable: [], lastMs: base + 60_500 })
   for (const event of [session.started, ...session.turns, session.data!]) {
@@ -181,6 +181,8 @@ test('call_data_is_new_only_when_it_says_something_new', () => {
     blob([item(0)], { audio_buffer: 'aa', silence_chunks: 9, last_interaction_time: '2026-01-25T16:47:00' }),
   )
   expect(contentOf(frame.data!)).toBe(contentOf(first))
+  const question = { last_agent_question: 'Where?', last_agent_question_type: 'location' } // the transcript has it, too
+  expect(contentOf(read(blob([item(0)], question)).data!)).toBe(contentOf(first))
   expect(frame.data!.id).not.toBe(first.id) // a stage that comes back later is another event
   expect(contentOf(read(blob([item(0)], { close_attempts: 2 })).data!)).not.toBe(contentOf(first))
   expect(contentOf(JSON.parse(JSON.stringify(first)))).toBe(contentOf(first))

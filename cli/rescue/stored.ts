@@ -1,6 +1,6 @@
 /** Waits until PostgreSQL has the turns that rescue has seen: the sinks bring them there. */
 import { setTimeout as sleep } from 'node:timers/promises'
-import type { Pool } from '../shared/postgres.js'
+import type { Pool } from '../../shared/postgres.js'
 
 const PAGE_TURNS = 5000
 const LOOK_MS = 200

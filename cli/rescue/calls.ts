@@ -1,11 +1,11 @@
 /** What rescue knows of calls: what their streams in calltape have, what it has seen of them, and how to add to it. */
-import type { Appender } from '../ingest/append.js'
-import type { Deliveries } from '../ingest/deliver.js'
-import { type CallEvent, idempotencyKey, Refusal, resumes } from '../shared/events.js'
-import type { Partitions } from '../shared/keys.js'
-import type { RedisClient } from '../shared/redis.js'
-import { parseEntry } from '../sink/decode.js'
-import { contentOf, presumedEnd, type Session, SOURCE, type UnreadableSession } from './rescue-session.js'
+import type { Appender } from '../../ingest/append.js'
+import type { Deliveries } from '../../ingest/deliver.js'
+import { type CallEvent, idempotencyKey, Refusal, resumes } from '../../shared/events.js'
+import type { Partitions } from '../../shared/keys.js'
+import type { RedisClient } from '../../shared/redis.js'
+import { parseEntry } from '../../sink/decode.js'
+import { contentOf, presumedEnd, type Session, SOURCE, type UnreadableSession } from './session.js'
 
 const PAGE_ENTRIES = 1000
 /** Of what is delivered together: ingest's own wait for Redis must do for it. */
@@ -97,7 +97,7 @@ export function endOf(call: KnownCall): News | undefined {
 }
 
 /** What is appended is known from then on. */
-export function markStored({ call, events }: News): void {
+function markStored({ call, events }: News): void {
   for (const event of events) {
     const key = idempotencyKey(event, '')
     if (event.type === 'turn') call.seen.add(key)

@@ -1,7 +1,6 @@
 /** What a legacy session's blob holds, also where it is no JSON: Python writes NaN, and a blob may break off anywhere. */
 import { JSONParser } from '@streamparser/json'
-
-type JsonObject = Record<string, unknown>
+import { isObject, type JsonObject } from '../../shared/json.js'
 
 /** Whose items are all or nothing: of half a turn a later look may find the whole. */
 export const TRANSCRIPT_FIELD = 'transcript_history'
@@ -23,9 +22,6 @@ export function readBlob(text: string): Blob | string {
   const fields = readBeginning(withoutPythonConstants(text))
   return fields && Object.keys(fields).length > 0 ? { fields, isTruncated: true } : 'not JSON'
 }
-
-export const isObject = (value: unknown): value is JsonObject =>
-  typeof value === 'object' && value !== null && !Array.isArray(value)
 
 function parse(text: string): { value: unknown } | undefined {
   try {
