@@ -52,15 +52,25 @@ export class ProviderConnection implements Connection {
     else this.take(events, text!)
   }
 
-  /** A message that its adapter cannot cope with is kept as it is: thrown any further, it would end the process with all calls. */
+  /** A message that its adapter cannot cope with is kept as it is. */
   private translate(message: JsonObject, text: string): ProviderEvent[] | undefined {
+    return this.guarded(
+      () => this.stream.toEvents(message),
+      () => {
+        if (this.callSid === undefined) return []
+        return [{ type: 'call.data', call_sid: this.callSid, source: this.provider, meta: { not_translated: text } }]
+      },
+    )
+  }
+
+  /** What an adapter throws, thrown any further, would end the process with all calls. */
+  private guarded<T>(translate: () => T, otherwise: () => T): T {
     try {
-      return this.stream.toEvents(message)
+      return translate()
     } catch (err) {
       this.log.error({ provider: this.provider, err }, 'a message of a WebSocket could not be translated')
       this.metrics.refused.inc({ code: 'not_translated' })
-      if (this.callSid === undefined) return []
-      return [{ type: 'call.data', call_sid: this.callSid, source: this.provider, meta: { not_translated: text } }]
+      return otherwise()
     }
   }
 
@@ -71,7 +81,11 @@ export class ProviderConnection implements Connection {
 
   closed(code: number): void {
     this.metrics.connections.dec()
-    this.take(this.stream.closed?.(code) ?? [], '')
+    const said = this.guarded(
+      () => this.stream.closed?.(code) ?? [],
+      () => [],
+    )
+    this.take(said, '')
     this.deliver(this.left(`closed with ${code}`))
   }
 

@@ -109,7 +109,9 @@ export class Spool {
 
   /** What comes has to go behind what is in it. */
   get isBehind(): boolean {
-    return this.ended === undefined && (this.replaying !== undefined || this.isReplayStopped)
+    if (this.ended !== undefined) return false
+    const isEmpty = this.unread.length + this.waiting.length === 0 && this.writing === undefined
+    return this.replaying !== undefined || (this.isReplayStopped && !isEmpty)
   }
 
   /** Nothing can be spooled any more. */

@@ -35,13 +35,13 @@ export function createIngestMetrics() {
       registers,
     }),
     ignored: new Counter({
-      name: 'calltape_ingest_ignored_total',
+      name: 'calltape_ingest_ignored_messages_total',
       help: 'Messages of providers that say nothing to keep: audio, partial transcripts',
       labelNames: ['provider'],
       registers,
     }),
     undelivered: new Counter({
-      name: 'calltape_ingest_undelivered_total',
+      name: 'calltape_ingest_undelivered_events_total',
       help: "Events of providers' WebSockets that neither Redis nor the spool took in time: nobody sends them again",
       registers,
     }),
@@ -165,7 +165,7 @@ export function createSinkMetrics() {
     }),
     legacyHeld: new Gauge({
       name: 'calltape_sink_legacy_held_calls',
-      help: 'Calls whose row in LEGACY_CALL_SESSIONS is locked by somebody else, and is filled once it is not',
+      help: 'Calls in legacy_held, whose row in LEGACY_CALL_SESSIONS was locked or too slow; every sink reports all of them',
       registers,
     }),
     reclaimed: new Counter({ name: 'calltape_sink_reclaimed_total', help: 'Lapsed leases taken over', registers }),

@@ -24,7 +24,7 @@ WITH batch AS (
         CASE WHEN bool_or(type = 'call.started') THEN 'initiated' END,
         'in-progress' -- no word of its status, but turns
       ) AS status,
-      (array_agg(event->>'outcome'                 ORDER BY n DESC) FILTER (WHERE btrim(event->>'outcome') <> ''))[1]          AS outcome,
+      (array_agg(event->>'outcome'                 ORDER BY n DESC) FILTER (WHERE btrim(event->>'outcome', E' \t\n\r') <> ''))[1]          AS outcome,
       (array_agg((event->>'turn_count')::int       ORDER BY n DESC) FILTER (WHERE event ? 'turn_count'))[1]       AS expected_turns,
       (array_agg((event->>'duration_seconds')::int ORDER BY n DESC) FILTER (WHERE event ? 'duration_seconds'))[1] AS duration_seconds,
       (array_agg(event->>'recording_url'           ORDER BY n DESC) FILTER (WHERE event ? 'recording_url'))[1]    AS recording_url,

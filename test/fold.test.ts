@@ -209,7 +209,7 @@ describe('the_same_row_whatever_the_order', () => {
   })
 
   test('a_blank_outcome_hides_no_verdict', async () => {
-    const row = await rowOf(ended(1, { id: 'a', outcome: 'qualified' }), ended(2, { id: 'b', outcome: ' ' }))
+    const row = await rowOf(ended(1, { id: 'a', outcome: 'qualified' }), ended(2, { id: 'b', outcome: ' \n' }))
     expect(row.outcome).toBe('qualified')
   })
 

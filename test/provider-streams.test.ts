@@ -88,7 +88,7 @@ describe('with the stores well', () => {
   afterAll(async () => await stack.end())
 
   const refused = () => figure(stack.ingest.url, 'calltape_ingest_events_refused_total')
-  const ignored = () => figure(stack.ingest.url, 'calltape_ingest_ignored_total')
+  const ignored = () => figure(stack.ingest.url, 'calltape_ingest_ignored_messages_total')
   const connections = () => figure(stack.ingest.url, 'calltape_ingest_connections')
 
   test('audio_is_counted_and_nothing_of_it_is_stored', async () => {
@@ -230,7 +230,19 @@ describe('with Redis away', () => {
     ]
     expect(once.map(({ type }) => type)).toEqual(story.map((each) => each.split(' ')[0]))
     expect([...new Set(await storyOf(store, 'away'))]).toEqual(story)
-    expect(await figure(url, 'calltape_ingest_undelivered_total')).toBe(0)
+    expect(await figure(url, 'calltape_ingest_undelivered_events_total')).toBe(0)
+  })
+
+  test('a_stop_leaves_nothing_in_the_spool_while_Redis_is_well', async () => {
+    const folder = await mkdtemp(join(tmpdir(), 'calltape-provider-spool-'))
+    onTestFinished(() => rm(folder, { recursive: true, force: true }))
+    const redis = await freshRedis()
+    onTestFinished(() => redis.drop())
+    const { url, stop } = await testIngest({ REDIS_URL: redis.url, SPOOL_DIR: folder })
+    send(await open(url), new Talk('stopped').start())
+    await untilStored(redis, 'stopped', BEGIN.length)
+    await stop()
+    expect(await storyOf(redis, 'stopped')).toEqual([...BEGIN, 'call.disconnected closed with 1001'])
   })
 
   test('without_a_spool_what_may_be_lost_is_counted', async () => {
@@ -241,7 +253,7 @@ describe('with Redis away', () => {
     await untilStored(await storeOf(redis), 'lost', 3)
     redis.freeze()
     send(socket, talk.mark('one'), talk.mark('two'))
-    await until('it is given up', async () => (await figure(url, 'calltape_ingest_undelivered_total')) === 2)
+    await until('it is given up', async () => (await figure(url, 'calltape_ingest_undelivered_events_total')) === 2)
     redis.thaw()
     expect(socket.readyState).toBe(WebSocket.OPEN)
     send(socket, talk.mark('three'))

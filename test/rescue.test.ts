@@ -36,7 +36,7 @@ let names = 0
 const newSid = () => `CA-legacy-${names++}`
 const rescue = (...args: string[]) => new RescueProcess(args, environment).end()
 /** Only sessions of one test. */
-const only = (sid: string) => ['--match', `session:${sid}*`]
+const keysOf = (sid: string) => ['--match', `session:${sid}*`]
 const put = (sid: string, value: unknown) =>
   redis.client.set(sessionKey(sid), typeof value === 'string' ? value : JSON.stringify(value), 'EX', 3600)
 
@@ -82,7 +82,7 @@ test('a_session_is_a_call_with_all_that_the_bot_knew_of_it', async () => {
   const turns = [0, 1, 2, 3].map((n) => said(sid, n, old + n))
   const times = { session_start_time: utcNow(old - 1000), last_interaction_time: utcNow(old + 5000) }
   await put(sid, session(sid, turns, { ...times, surprise: { x: 1 } }))
-  const { code, report } = await rescue(...only(sid))
+  const { code, report } = await rescue(...keysOf(sid))
   expect(report).toMatchObject({
     clean: true,
     sessions: 1,
@@ -127,13 +127,13 @@ test('run_again_it_appends_nothing_and_later_only_what_is_new', async () => {
   const bot = new LegacyBot(redis.client)
   const turns = [0, 1, 2].map((n) => said(sid, n))
   await bot.begin(sid, turns.slice(0, 2))
-  await rescue(...only(sid))
+  await rescue(...keysOf(sid))
   const before = await entriesOf(redis, sid)
-  const again = await rescue(...only(sid))
+  const again = await rescue(...keysOf(sid))
   expect(again.report).toMatchObject({ turns: 2, new: 0, already_there: 2, clean: true })
   expect(await entriesOf(redis, sid)).toEqual(before)
   await bot.say(sid, turns[2]!)
-  expect((await rescue(...only(sid))).report).toMatchObject({ turns: 3, new: 1, already_there: 2 })
+  expect((await rescue(...keysOf(sid))).report).toMatchObject({ turns: 3, new: 1, already_there: 2 })
   expect((await eventsOf(redis, sid)).map(({ type }) => type)).toEqual([
     'call.started',
     'turn',
@@ -142,9 +142,9 @@ test('run_again_it_appends_nothing_and_later_only_what_is_new', async () => {
     'turn',
   ])
   await bot.change(sid, (blob) => (blob.conversation_stage = 'closing'))
-  await rescue(...only(sid))
+  await rescue(...keysOf(sid))
   await bot.change(sid, (blob) => (blob.conversation_stage = 'discovery'))
-  await rescue(...only(sid))
+  await rescue(...keysOf(sid))
   expect(await storedTurns(sid)).toEqual(asStored(sid, turns))
   await until('its stage has come back', async () => (await storedCall(sid))?.conversation_stage === 'discovery')
   expect(await entriesOf(redis, sid)).toHaveLength(7)
@@ -156,7 +156,7 @@ test('a_dry_run_says_what_would_be_and_writes_nothing', async () => {
   await put(`${sid}-b`, session(`${sid}-b`, [said(sid, 1), 5], { last_interaction_time: utcNow(Date.now() - DAY_MS) }))
   const source = await keysAndValues(`session:${sid}*`)
   const size = await redis.client.dbsize()
-  const { code, report } = await rescue('--dry-run', ...only(sid))
+  const { code, report } = await rescue('--dry-run', ...keysOf(sid))
   expect(code).toBe(1)
   expect(report).toMatchObject({ sessions: 2, turns: 2, new: 2, unreadable_turns: 1, not_in_postgresql: null })
   expect(await redis.client.dbsize()).toBe(size)
@@ -178,7 +178,7 @@ test('what_cannot_be_read_is_named_and_kept_and_its_neighbours_are_saved', async
   await put(`${sid}-no call`, '{"transcript_history":[]}')
   await put(`${sid}-python`, JSON.stringify(session(`${sid}-python`, turns)).replace('7500000', 'NaN'))
   await redis.client.rpush(sessionKey(`${sid}-list`), 'x')
-  const { code, report, out } = await calltape(['rescue', '--json', ...only(sid)], environment).then((run) => ({
+  const { code, report, out } = await calltape(['rescue', '--json', ...keysOf(sid)], environment).then((run) => ({
     ...run,
     report: JSON.parse(run.out),
   }))
@@ -217,7 +217,7 @@ test('what_cannot_be_read_is_named_and_kept_and_its_neighbours_are_saved', async
   })
   // A later look may find the whole of it.
   await put(`${sid}-cut`, whole)
-  await rescue(...only(`${sid}-cut`))
+  await rescue(...keysOf(`${sid}-cut`))
   expect(await storedTurns(`${sid}-cut`)).toEqual(asStored(`${sid}-cut`, turns))
 })
 
@@ -226,16 +226,16 @@ test('a_call_that_goes_on_after_its_presumed_end_is_live_again_until_it_ends_onc
   const bot = new LegacyBot(redis.client)
   const old = Date.now() - DAY_MS
   await bot.begin(sid, [said(sid, 0, old)], { session_start_time: utcNow(old), last_interaction_time: utcNow(old) })
-  expect((await rescue(...only(sid))).report).toMatchObject({ ended: 1 })
+  expect((await rescue(...keysOf(sid))).report).toMatchObject({ ended: 1 })
   await until('it is over', async () => (await storedCall(sid))?.finalized_at instanceof Date)
-  expect((await rescue(...only(sid))).report).toMatchObject({ ended: 0 })
+  expect((await rescue(...keysOf(sid))).report).toMatchObject({ ended: 0 })
   await bot.say(sid, said(sid, 1, Date.now() - 5000))
-  expect((await rescue(...only(sid))).report).toMatchObject({ ended: 0, new: 1 })
+  expect((await rescue(...keysOf(sid))).report).toMatchObject({ ended: 0, new: 1 })
   await until('it is live again', async () => (await storedCall(sid))?.finalized_at === null)
   const [, turn] = (JSON.parse((await redis.client.get(sessionKey(sid)))!) as { transcript_history: Said[] })
     .transcript_history
   await bot.begin(sid, [said(sid, 0, old), turn!], { last_interaction_time: utcNow(old) })
-  const idle = new RescueProcess(only(sid), { ...environment, IDLE_TIMEOUT: '1' })
+  const idle = new RescueProcess(keysOf(sid), { ...environment, IDLE_TIMEOUT: '1' })
   expect((await idle.end()).report).toMatchObject({ ended: 1, new: 0 })
   await until('it is over again', async () => (await storedCall(sid))?.finalized_at instanceof Date)
   expect(await storedCall(sid)).toMatchObject({ end_reason: 'expired', turn_count: 2 })
@@ -247,7 +247,7 @@ test('what_is_appended_but_not_in_PostgreSQL_is_said_so', async () => {
   try {
     await put(sid, session(sid, [said(sid, 0)]))
     // A database for which no sink works.
-    const waiting = await new RescueProcess(['--wait', '0.3', ...only(sid)], {
+    const waiting = await new RescueProcess(['--wait', '0.3', ...keysOf(sid)], {
       ...environment,
       DATABASE_URL: other.url,
       DATABASE_SCHEMA: 'public',
@@ -256,7 +256,7 @@ test('what_is_appended_but_not_in_PostgreSQL_is_said_so', async () => {
     expect(waiting).toMatchObject({ code: 1, report: { new: 1, not_in_postgresql: 1, clean: false } })
 
     const DATABASE_URL = 'postgres://127.0.0.1:1/nobody'
-    const { code, out } = await calltape(['rescue', ...only(sid)], { ...environment, DATABASE_URL })
+    const { code, out } = await calltape(['rescue', ...keysOf(sid)], { ...environment, DATABASE_URL })
     expect([code, out]).toEqual([1, expect.stringContaining('whether it is in PostgreSQL yet cannot be said')])
   } finally {
     await other.drop()
