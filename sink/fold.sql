@@ -47,7 +47,9 @@ WITH batch AS (
       (array_agg(event->>'connection' ORDER BY n DESC) FILTER (WHERE type = 'call.connected'))[1] AS last_connection,
       jsonb_object_agg(event->>'connection', occurred_at ORDER BY n)
         FILTER (WHERE type = 'call.disconnected' AND event ? 'connection') AS lost,
-      coalesce(bool_or(type = 'call.ended' AND NOT presumed), false) AS has_ended
+      coalesce(bool_or(type = 'call.ended' AND NOT presumed), false) AS has_ended,
+      -- A part of what was said could not be read: it may have been the customer's.
+      bool_or(event @> '{"meta": {"transcript_incomplete": true}}') AS transcript_incomplete
     FROM (
       SELECT type, event, occurred_at, string_to_array(stream_id, '-')::numeric[] AS place,
         row_number() OVER (ORDER BY occurred_at, ingested_at, split_part(stream_id, '-', 2)::numeric) AS n,
@@ -92,7 +94,7 @@ SELECT
   -- (Only who was answered has `completed` said of him.)
   CASE WHEN final THEN call_outcome(
     outcome, coalesce(end_status, 'completed'), end_reason,
-    answered_at IS NOT NULL OR end_status = 'completed', agent_spoke, customer_spoke
+    answered_at IS NOT NULL OR end_status = 'completed', agent_spoke, customer_spoke OR transcript_incomplete
   ) ELSE outcome END,
   initiated_at, answered_at,
   CASE WHEN final THEN presumed_over_at ELSE over_at END,

@@ -76,6 +76,8 @@ interface Found {
   isTable: boolean
   maySee: boolean
   isOwn: boolean
+  /** A calltape has migrated its schema, this one or another. */
+  isBesideMigrations: boolean
   user: string
   isIndexed: boolean
 }
@@ -83,6 +85,7 @@ interface Found {
 const TABLE = `
   SELECT c.oid, pg_relation_is_updatable(c.oid, true) & 4 <> 0 AS "isTable", has_schema_privilege(n.oid, 'USAGE') AS "maySee",
     c.oid IS NOT DISTINCT FROM to_regclass($3) AS "isOwn", quote_ident(current_user) AS "user",
+    EXISTS (SELECT FROM pg_class WHERE relnamespace = n.oid AND relname = 'calltape_migrations') AS "isBesideMigrations",
     EXISTS (SELECT FROM pg_index i JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = i.indkey[0]
             WHERE i.indrelid = c.oid AND i.indisvalid AND i.indpred IS NULL AND a.attname = 'call_sid') AS "isIndexed"
   FROM pg_namespace n JOIN pg_class c ON c.relnamespace = n.oid WHERE n.nspname = $1 AND c.relname = $2`
@@ -118,6 +121,9 @@ export async function lookAtLegacyTable(
   if (!found?.isTable) throw refuse('does not exist, or cannot be updated')
   if (found.isOwn || (schema === DATABASE_SCHEMA && ownNames().includes(table))) {
     throw refuse("is calltape's own: it wants another application's table")
+  }
+  if (found.isBesideMigrations && ownNames().includes(table)) {
+    throw refuse("is another calltape's, its calltape_migrations is beside it: it wants another application's table")
   }
   const grant = (privileges: string) => `GRANT ${privileges} TO ${found.user}`
   if (!found.maySee) throw refuse(`is out of reach: ${grant(`USAGE ON SCHEMA ${escapeIdentifier(schema)}`)}`)

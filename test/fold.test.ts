@@ -208,6 +208,14 @@ describe('the_same_row_whatever_the_order', () => {
     }
   })
 
+  test('without_a_customers_turn_is_nothing_derived_where_the_transcript_is_incomplete', async () => {
+    const expired = presumed('expired')
+    const incomplete: Said = { type: 'call.data', meta: { transcript_incomplete: true } }
+    expect((await rowOf(turn(1, 'Hello?'), expired)).outcome).toBe('no_answer')
+    expect((await rowOf(turn(1, 'Hello?'), incomplete, expired)).outcome).toBeNull()
+    expect((await rowOf(incomplete, expired)).outcome).toBeNull()
+  })
+
   test('a_blank_outcome_hides_no_verdict', async () => {
     const row = await rowOf(ended(1, { id: 'a', outcome: 'qualified' }), ended(2, { id: 'b', outcome: ' \n' }))
     expect(row.outcome).toBe('qualified')

@@ -654,6 +654,12 @@ describe('a_sink', () => {
     ['calltape.call_sessions', '', /is calltape's own/],
     ['calltape.call_transcript_turns', '', /is calltape's own/],
     ['calltape.legacy_held', '', /is calltape's own/],
+    [
+      'older.call_sessions',
+      `CREATE SCHEMA older; CREATE TABLE older.calltape_migrations (name text);
+       CREATE TABLE older.call_sessions (call_sid text, status text)`,
+      /"older"."call_sessions" is another calltape's/,
+    ],
   ] as const)('refuses_%s', async ([name, sql, says]) => {
     const { environment, drop } = await botStack({ LEGACY_CALL_SESSIONS: name }, `${botTables()}; ${sql}`)
     const refusal = await startSink(readConfig(environment), log).catch((error: Error) => error)

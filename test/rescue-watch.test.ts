@@ -3,13 +3,17 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import { Redis } from 'ioredis'
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, onTestFinished, test } from 'vitest'
 import type { LocalServer } from '../cli/local-server.js'
+import { keyOfCall, MissedEnds } from '../cli/rescue/missed.js'
+import { callSidInKey } from '../cli/rescue/session.js'
 import { Source } from '../cli/rescue/source.js'
 import { readConfig } from '../shared/config.js'
+import { Partitions } from '../shared/keys.js'
 import { connectRedis } from '../shared/redis.js'
 import { type Sink, startSink } from '../sink/sink.js'
 import { KillableStore } from './support/killable-stores.js'
 import { LegacyBot, RescueProcess, said, session, sessionKey, utcNow } from './support/legacy-bot.js'
 import { type Database, freshDatabase, log, ownRedis, until } from './support/stores.js'
+import { Producer, turn } from './support/streams.js'
 
 /** Longer than any test: what is found before was not found by the scan. */
 const NO_SCAN = ['--every', '1000']
@@ -215,6 +219,63 @@ test('what_was_written_while_its_subscription_was_cut_is_found', async () => {
   await redis.multi().call('CLIENT', 'KILL', 'TYPE', 'pubsub').set(sessionKey(sid), JSON.stringify(blob)).exec()
   await hasTurns(sid, 2)
   await redis.config('SET', 'notify-keyspace-events', '')
+})
+
+test('a_call_whose_key_went_while_no_rescue_was_running_is_ended_and_no_other_one_is', async () => {
+  const client = await connectRedis(server.url, log)
+  onTestFinished(() => client.disconnect())
+  await redis.flushdb()
+  const partitions = new Partitions(64)
+  const [gone, there, others, elsewhere] = [newSid(), newSid(), newSid(), newSid()]
+  const [first, second] = [await watching(['--every', '0.3']), await watching(['--every', '0.3', '--match', 'other:*'])]
+  await redis.set(`other:${elsewhere}`, JSON.stringify(session(elsewhere, [said(elsewhere, 0)])))
+  for (const sid of [gone, there]) await bot.begin(sid, [said(sid, 0)])
+  await new Producer({ client, partitions }).store(turn(others, 0))
+  for (const sid of [gone, there, others, elsewhere]) await hasTurns(sid, 1)
+  for (const process of [first, second]) await process.end('SIGKILL')
+  await redis.del(sessionKey(gone))
+  // Whatever the scan met: a key that came since, or cannot be read, is there.
+  await redis.hset(sessionKey('hash'), 'a', 'b')
+  const missed = new MissedEnds(client, partitions, new Source(client, 'session:*'))
+  expect(await missed.withoutKey([gone, there, 'hash'])).toEqual([gone])
+  await redis.del(sessionKey('hash'))
+  for (const match of ['session:*:*', `session:x${gone}*`]) {
+    const { report } = await (await watchingOnce(match)).end('SIGTERM')
+    expect(report).toMatchObject({ ended: 0, interrupted: false })
+  }
+  const { report } = await (await watchingOnce('session:*')).end('SIGTERM')
+  expect(report).toMatchObject({ sessions: 1, new: 0, ended: 1, interrupted: false })
+  expect(await isFinal(gone)).toMatchObject({ end_reason: 'expired', turn_count: 1 })
+  for (const sid of [there, others, elsewhere]) expect((await callOf(sid)).finalized_at).toBeNull()
+  const again = await watchingOnce('session:*')
+  expect((await again.end('SIGTERM')).report).toMatchObject({ ended: 0 })
+})
+
+/** `--watch`, when its first scan, and what it does once after that, are behind it. */
+async function watchingOnce(match: string): Promise<RescueProcess> {
+  const scans = async () => Number(/cmdstat_scan:calls=(\d+)/.exec(await redis.info('commandstats'))?.[1] ?? 0)
+  const before = await scans()
+  const rescue = await watching(['--every', '0.3', '--match', match])
+  await until('it has scanned again', async () => (await scans()) > before + 3)
+  return rescue
+}
+
+test.each([
+  ['session:*', 'CA1', 'session:CA1'],
+  ['session:CA*', 'CA1', 'session:CA1'],
+  ['session:CA*', 'XB1', undefined],
+  ['bots/7:*:v1', 'CA1:v1', 'bots/7:CA1:v1'],
+  ['bots/7:*:v1', 'CA1', undefined],
+  ['*', 'CA1', 'CA1'],
+  ['CA*', 'CA1', 'CACA1'],
+  ['CA*', '1', 'CA1'],
+  ['session:*:*', 'CA1:1', undefined],
+  ['session:C?*', 'CA1', undefined],
+  ['session:[CD]*', 'CA1', undefined],
+  ['session:CA1', 'CA1', undefined],
+])('with_%s_the_key_of_%s_is_%s', (pattern, callSid, key) => {
+  expect(keyOfCall(callSid, pattern)).toBe(key)
+  if (key !== undefined) expect(callSidInKey(key, pattern)).toBe(callSid)
 })
 
 /** A Redis that can be killed, with a database and a sink of its own; and how many turns there are. */

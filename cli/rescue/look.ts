@@ -3,6 +3,7 @@ import { hash as digest } from 'node:crypto'
 import type { Partitions } from '../../shared/keys.js'
 import type { RedisClient } from '../../shared/redis.js'
 import { endOf, type KnownCall, type News, newsOf, readKnownCall, type Stream } from './calls.js'
+import { MissedEnds } from './missed.js'
 import type { Condition, Report } from './report.js'
 import { callSidInKey, readSession, type Session, type UnreadableSession } from './session.js'
 import type { Found, Source, SourceKey } from './source.js'
@@ -77,14 +78,14 @@ export class Rescue {
       const looks: Look[] = []
       for (const { source, found } of page) this.take(source, found, gone, looks)
       await this.save(looks)
-      await this.end(gone)
+      await this.end(gone.flatMap(({ call }) => call ?? []))
       for (const { source } of gone) this.keys.delete(source.key)
     }
   }
 
   /** Calls that went silent are over; those that have been over for long need not be remembered. */
   async endSilent(now = Date.now()): Promise<void> {
-    const silent: KnownKey[] = []
+    const silent: KnownCall[] = []
     for (const key of this.keys.values()) {
       if (!key.call) continue
       if (key.call.isOver) {
@@ -92,10 +93,28 @@ export class Rescue {
         if (now - key.overSince > KEPT_MS) key.call = undefined
       } else {
         key.overSince = undefined
-        if (key.lastMs !== undefined && now - key.lastMs > this.parts.idleTimeoutMs) silent.push(key)
+        if (key.lastMs !== undefined && now - key.lastMs > this.parts.idleTimeoutMs) silent.push(key.call)
       }
     }
     await this.end(silent)
+  }
+
+  /**
+   * After a whole scan: ends calls whose key went while no rescue was running. In steps, between which others get their turn.
+   *
+   * @throws as `look` does; then it is to be done again
+   */
+  async *endMissed(): AsyncGenerator<void> {
+    const { source, target, partitions } = this.parts
+    const missed = new MissedEnds(target, partitions, source)
+    // By call_sid: it may be the value that says it, not the key.
+    const seen = () => new Set([...this.keys.values()].map(({ call }) => call?.callSid))
+    for await (const callSids of missed.find(seen)) {
+      const calls = await Promise.all(callSids.map((sid) => readKnownCall(target, partitions, sid)))
+      const gone = new Set(await missed.withoutKey(callSids)) // a bot may have begun it again just now
+      await this.end(calls.filter(({ callSid }) => gone.has(callSid)))
+      yield
+    }
   }
 
   /** Calls that were looked at, and the ids of their turns. */
@@ -211,9 +230,9 @@ export class Rescue {
   }
 
   /** Behind the turns, which are stored: a turn that came after the end would make the call live again. */
-  private async end(keys: KnownKey[]): Promise<void> {
+  private async end(calls: KnownCall[]): Promise<void> {
     const { stream, report } = this.parts
-    const ends = keys.flatMap(({ call }) => (call && endOf(call)) ?? [])
+    const ends = calls.flatMap((call) => endOf(call) ?? [])
     const refused = await stream?.append(ends)
     for (const { call } of ends) {
       if (refused?.has(call)) continue

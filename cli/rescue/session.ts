@@ -59,6 +59,8 @@ const MAX_FIELD_CHARS = 16 * 1024
 /** What is nested deeper is kept as text: an event may be nested 64 deep. */
 const MAX_DEPTH = 32
 const MAX_STAGE_CHARS = 128
+/** Nobody knows what else was said: then a call without a customer's turn is not one that nobody took (fold.sql). */
+const TRANSCRIPT_INCOMPLETE = { transcript_incomplete: true }
 const CALL_SID = /^[A-Za-z0-9_.:@+-]{1,128}$/
 const ID_CHARS = 22 // of base64url: 132 bits
 
@@ -112,7 +114,7 @@ export function readSession(named: string, text: string): Session | UnreadableSe
     callSid,
     started: callStarted(callSid, fields, startMs ?? turnTimes[0] ?? interactionMs),
     turns,
-    data: callData(callSid, fields, transcript.kept, interactionMs ?? lastMs),
+    data: callData(callSid, fields, transcript, isTruncated, interactionMs ?? lastMs),
     isTruncated,
     unreadable: transcript.unreadable,
     lastMs,
@@ -130,7 +132,11 @@ export const contentOf = ({ data, stage, objections, meta }: CallData) => digest
 
 function unreadable(named: string, reason: string, text: string): UnreadableSession {
   if (!CALL_SID.test(named)) return { reason }
-  const meta = { unreadable_session: cut(text, MAX_UNREADABLE_CHARS), unreadable_reason: reason }
+  const meta = {
+    unreadable_session: cut(text, MAX_UNREADABLE_CHARS),
+    unreadable_reason: reason,
+    ...TRANSCRIPT_INCOMPLETE,
+  }
   const id = `rescue-${digest(meta)}`
   return { reason, data: { type: 'call.data', call_sid: named, id, source: SOURCE, meta } }
 }
@@ -196,7 +202,13 @@ function callStarted(callSid: string, fields: JsonObject, ts: number | undefined
   return { type: 'call.started', call_sid: callSid, id: `rescue-${digest(content)}`, source: SOURCE, ...content }
 }
 
-function callData(callSid: string, fields: JsonObject, kept: unknown[], ts: number | undefined): CallData | undefined {
+function callData(
+  callSid: string,
+  fields: JsonObject,
+  { kept, unreadable }: Transcript,
+  isTruncated: boolean,
+  ts: number | undefined,
+): CallData | undefined {
   const { collected_data: collected, conversation_stage: stage, objections_encountered: objections } = fields
   const others = Object.entries(fields).filter(([name]) => !ELSEWHERE.has(name))
   const isStage = typeof stage === 'string' && stage.length <= MAX_STAGE_CHARS
@@ -220,7 +232,10 @@ function callData(callSid: string, fields: JsonObject, kept: unknown[], ts: numb
         ['last_interaction_time', unread('last_interaction_time')],
         ['session_call_sid', fields.call_sid === callSid ? undefined : fields.call_sid],
       ],
-      kept.length === 0 ? {} : { unreadable_turns: kept },
+      {
+        ...(kept.length > 0 && { unreadable_turns: kept }),
+        ...((isTruncated || unreadable.length > 0) && TRANSCRIPT_INCOMPLETE),
+      },
     ),
   }
   if (Object.keys(said).length === 0) return undefined

@@ -33,6 +33,7 @@ export class Watch {
   private nextNews = 0
   private nextSilent = 0
   private failures = 0
+  private hasEndedMissed = false
 
   constructor(
     private readonly rescue: Rescue,
@@ -90,6 +91,13 @@ export class Watch {
       if (this.options.signal.aborted) return
     }
     await rescue.look(rescue.unmet())
+    if (!this.hasEndedMissed) {
+      for await (const _ of rescue.endMissed()) {
+        await this.lookAtNewsInTime()
+        if (this.options.signal.aborted) return
+      }
+      this.hasEndedMissed = true
+    }
     this.nextScan = began + this.options.scanMs
   }
 
