@@ -1,12 +1,13 @@
 /** `calltape rescue`: the calls of a legacy bot, which keeps them in Redis until they expire, into calltape. */
-import { Appender } from '../ingest/append.js'
+import type { Appender } from '../ingest/append.js'
 import { Deliveries } from '../ingest/deliver.js'
-import { durabilityCheck } from '../ingest/durability.js'
+import { openAppender } from '../ingest/open-appender.js'
 import { type Config, givenEnvironment, isBug, OperatorError, readConfig } from '../shared/config.js'
+import type { Partitions } from '../shared/keys.js'
 import { createLog, reasonOf } from '../shared/log.js'
 import { createIngestMetrics } from '../shared/metrics.js'
 import { createPool } from '../shared/postgres.js'
-import { askAtStart, connectRedis, openPartitions, type RedisClient, readPartitions } from '../shared/redis.js'
+import { askAtStart, connectRedis, type RedisClient, readPartitions } from '../shared/redis.js'
 import { requireReachable, requireSchema } from '../shared/schema.js'
 import { createLiveView, type LiveView } from './live-view.js'
 import { Stream } from './rescue/calls.js'
@@ -88,7 +89,7 @@ class RescueRun {
     private readonly source: Source,
     /** Undefined in a dry run. */
     private readonly appender: Appender | undefined,
-    partitions: Awaited<ReturnType<typeof openPartitions>>,
+    partitions: Partitions,
   ) {
     const { report } = this
     report.isDryRun = options.dryRun === true
@@ -104,18 +105,12 @@ class RescueRun {
     let source: RedisClient | undefined
     try {
       source = await connectSource(options.source ?? config.REDIS_URL, log)
-      const { partitions, appender } = await askAtStart(config.REDIS_URL, async () => {
-        if (options.dryRun) return { partitions: await readPartitions(redis, config.PARTITIONS), appender: undefined }
-        const its = await openPartitions(redis, config.PARTITIONS)
-        const confirm = await durabilityCheck(redis, config.DURABILITY)
-        const limits = {
-          idleTimeoutMs: config.IDLE_TIMEOUT * 1000,
-          disconnectGraceMs: config.DISCONNECT_GRACE * 1000,
-          maxQueueBytes: config.MAX_QUEUE_BYTES,
-          ...(confirm ? { confirm } : {}),
-        }
-        return { partitions: its, appender: new Appender(redis, its, limits, createIngestMetrics(), log) }
-      })
+      const { partitions, appender } = options.dryRun
+        ? {
+            partitions: await askAtStart(config.REDIS_URL, () => readPartitions(redis, config.PARTITIONS)),
+            appender: undefined,
+          }
+        : await openAppender(redis, config, createIngestMetrics(), log)
       const from = new Source(source, options.match)
       return new RescueRun(config, options, signal, view, redis, from, appender, partitions)
     } catch (error) {

@@ -1,13 +1,12 @@
 /** The ingest process: accept → parse → append → ack. */
 import { setTimeout as sleep } from 'node:timers/promises'
 import { type Config, OperatorError } from '../shared/config.js'
-import type { Partitions } from '../shared/keys.js'
 import type { Logger } from '../shared/log.js'
 import { createIngestMetrics, type IngestMetrics } from '../shared/metrics.js'
-import { askAtStart, connectRedis, openPartitions, type RedisClient, warnOfLoss } from '../shared/redis.js'
-import { Appender } from './append.js'
+import { connectRedis } from '../shared/redis.js'
+import type { Appender } from './append.js'
 import { Deliveries } from './deliver.js'
-import { durabilityCheck } from './durability.js'
+import { openAppender } from './open-appender.js'
 import { IngestRoutes } from './routes.js'
 import { listen, type Routes, type Server } from './server.js'
 import { Spool } from './spool.js'
@@ -30,7 +29,7 @@ export async function startIngest(config: Config, log: Logger): Promise<Ingest> 
   const redis = await connectRedis(config.REDIS_URL, log)
   try {
     const metrics = createIngestMetrics()
-    const { partitions, appender } = await prepare(redis, config, metrics, log)
+    const { partitions, appender } = await openAppender(redis, config, metrics, log)
     const deliveries = new Deliveries(appender)
     const routes = new IngestRoutes({ config, redis, partitions, appender, deliveries, metrics, log })
     const server = await serve(host, config, routes)
@@ -73,27 +72,6 @@ export async function startIngest(config: Config, log: Logger): Promise<Ingest> 
     redis.disconnect()
     throw error
   }
-}
-
-/** All that has to be asked of Redis before anything is taken in. */
-async function prepare(
-  redis: RedisClient,
-  config: Config,
-  metrics: IngestMetrics,
-  log: Logger,
-): Promise<{ partitions: Partitions; appender: Appender }> {
-  return askAtStart(config.REDIS_URL, async () => {
-    const partitions = await openPartitions(redis, config.PARTITIONS)
-    await warnOfLoss(redis, log)
-    const confirm = await durabilityCheck(redis, config.DURABILITY)
-    const options = {
-      idleTimeoutMs: config.IDLE_TIMEOUT * 1000,
-      disconnectGraceMs: config.DISCONNECT_GRACE * 1000,
-      maxQueueBytes: config.MAX_QUEUE_BYTES,
-      ...(confirm ? { confirm } : {}),
-    }
-    return { partitions, appender: new Appender(redis, partitions, options, metrics, log) }
-  })
 }
 
 function serve(host: string, config: Config, routes: Routes): Promise<Server> {

@@ -6,7 +6,7 @@
  */
 import { createHash } from 'node:crypto'
 import { type Config, type DatabaseConfig, OperatorError } from '../shared/config.js'
-import { OWN_SOURCE } from '../shared/events.js'
+import { END_STATUSES, OWN_SOURCE } from '../shared/events.js'
 import { escapeIdentifier, escapeLiteral, type Pool } from '../shared/postgres.js'
 import { ownNames } from '../shared/schema.js'
 import { verdictOn } from './verdict.js'
@@ -50,6 +50,7 @@ const STANDS_FOR = ['canceled', 'cancelled', 'no_answer']
 const MOST_SMALLINT = 32_767
 /** What `call_outcome` can derive. It is a guess, and does not replace what somebody else has judged. */
 const DERIVED_OUTCOMES = `('no_answer', 'disconnected', 'error')`
+/** As other applications may write them. */
 const END_STATUSES_BUT_COMPLETED = `('failed', 'no_answer', 'busy', 'canceled', 'cancelled')`
 
 interface Column {
@@ -218,7 +219,7 @@ function guardsOf(ownSchema: string): Record<string, string> {
   const isSaid = (event: string) =>
     `(SELECT bool_or(${event}) FROM ${ownSchema}.call_events e WHERE e.call_sid = n.call_sid)`
   const isEnd = `e.type = 'call.ended' AND e.event->>'source' IS DISTINCT FROM '${OWN_SOURCE}'
-        OR e.event->>'status' IN ('completed', 'busy', 'failed', 'no-answer', 'canceled')`
+        OR e.event->>'status' IN (${[...END_STATUSES].map(escapeLiteral).join(', ')})`
   return {
     outcome: MAY_REPLACE_OUTCOME,
     status: `(${plainIn('l.status', END_STATUSES_BUT_COMPLETED)} IS NOT TRUE OR NOT ${plainIn('n.status', `('completed')`)}

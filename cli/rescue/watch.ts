@@ -55,7 +55,7 @@ export class Watch {
         await sleep(TICK_MS, undefined, { signal }).catch(() => undefined)
       } catch (error) {
         if (signal.aborted) return false // what could not be stored is there for the next run
-        if (isBug(error)) throw error // a bug
+        if (isBug(error)) throw error
         if (this.failures++ === 0) say(`Redis does not do its part, trying again: ${reasonOf(error as Error)}`)
         this.nextScan = 0 // what news was taken is not stored
         await sleep(backoffMs(this.failures, FIRST_RETRY_MS, MAX_RETRY_MS), undefined, { signal }).catch(
