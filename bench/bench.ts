@@ -12,14 +12,15 @@ import { migrate } from '../shared/schema.js'
 import { drain } from './drain.js'
 import { endToEnd } from './end-to-end.js'
 import { openCalls } from './open-calls.js'
+import { replayTables } from './replay.js'
 import { type Bench, databaseOf, type Result } from './scenario.js'
 
 const options = new Command('bench')
-  .description('measure calltape: end to end, latency, backlog drain against plain COPY, many open calls')
+  .description('measure calltape: end to end, latency, backlog drain against plain COPY, replay, many open calls')
   .option('--calls <n>', 'calls in a scenario', Number, 1000)
   .option('--turns <n>', 'turns a call', Number, 200)
   .option('--seconds <n>', 'how long the scenarios with a fixed rate last', Number, 10)
-  .option('--only <name>', 'one scenario: end-to-end, drain or open-calls')
+  .option('--only <name>', 'one scenario: end-to-end, drain, open-calls or replay')
   .option('--json <file>', 'where the figures go', 'bench.json')
   .parse()
   .opts<{ calls: number; turns: number; seconds: number; only?: string; json: string }>()
@@ -39,6 +40,7 @@ async function main(): Promise<void> {
     const wanted = (name: string) => options.only === undefined || options.only === name
     if (wanted('end-to-end')) results.push(...(await endToEnd(bench)))
     if (wanted('drain')) results.push(...(await drain(bench)))
+    if (wanted('replay')) results.push(...(await replayTables(bench)))
     if (wanted('open-calls')) results.push(...(await openCalls(bench)))
   } finally {
     await Promise.all([redis.stop(), postgres.stop()])

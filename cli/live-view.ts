@@ -1,4 +1,4 @@
-/** What commands show of long work: redrawn in place on a terminal, else a line a second. And tables. */
+/** What commands show of long work: redrawn in place on a terminal, else a line now and then. And tables, and numbers. */
 import { createLogUpdate } from 'log-update'
 
 export interface LiveView {
@@ -13,11 +13,15 @@ export interface LiveView {
   done(): void
 }
 
+/** Between two lines, however often they are drawn. */
 const LINE_MS = 1000
+const TTY_DRAW_MS = 100
+/** Where lines stay, as in a log. */
+const LINE_DRAW_MS = 3000
 
 export function createLiveView(out: NodeJS.WriteStream): LiveView {
   const write = (text: string) => out.write(`${text}\n`)
-  if (out.isTTY) {
+  if (out.isTTY && out.columns > 0) {
     const update = createLogUpdate(out)
     return { draw: (screen) => update(screen), say: (text) => update.persist(text), done: () => update.done() }
   }
@@ -38,6 +42,26 @@ export function createLiveView(out: NodeJS.WriteStream): LiveView {
     },
   }
 }
+
+/**
+ * Draws what `line` gives, again and again, on standard error.
+ *
+ * @returns ends that, and leaves the last one standing
+ */
+export function keepDrawing(view: LiveView, line: () => string): () => void {
+  const draw = () => {
+    const text = line()
+    view.draw(text, text)
+  }
+  const timer = setInterval(draw, process.stderr.isTTY ? TTY_DRAW_MS : LINE_DRAW_MS)
+  return () => {
+    clearInterval(timer)
+    view.done()
+  }
+}
+
+/** With its thousands set apart. */
+export const number = (n: number) => n.toLocaleString('en-US')
 
 /** Columns side by side, as wide as they need to be; numbers to the right. @param head undefined: the rows alone */
 export function table(head: string[] | undefined, rows: (string | number)[][]): string {

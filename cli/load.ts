@@ -2,10 +2,11 @@
 import { randomBytes } from 'node:crypto'
 import { setMaxListeners } from 'node:events'
 import { setImmediate as nextRound, setTimeout as sleep } from 'node:timers/promises'
-import { type Client, connect, EventRefused } from '../client/client.js'
+import { type Client, EventRefused } from '../client/client.js'
 import type { Turn } from '../shared/events.js'
 import { hash } from '../shared/keys.js'
 import { type ExpectedCall, expectedCall, type SentEvent } from './compare.js'
+import { type Ingest, open } from './demo/client.js'
 
 /** Says all there is to know of a set of generated calls. */
 export interface Run {
@@ -107,7 +108,6 @@ export interface PlayOptions {
   rate?: number | undefined
   /** Default: 50, or as many as there are calls. */
   connections?: number
-  token?: string | undefined
   signal?: AbortSignal
 }
 
@@ -133,12 +133,11 @@ const MOST_REFUSALS = 20
 /**
  * Plays a run's calls, interleaved over the connections, and resolves when everything has been answered.
  *
- * @param urls of ingest; connections are spread over them
  * @param progress kept up to date all the while
  * @throws (rejects) ConnectionClosed, or the signal's reason
  */
-export async function playCalls(urls: string[], options: PlayOptions, progress = newProgress()): Promise<Progress> {
-  const { run, token } = options
+export async function playCalls(ingest: Ingest, options: PlayOptions, progress = newProgress()): Promise<Progress> {
+  const { run } = options
   const count = Math.min(options.connections ?? CONNECTIONS, run.calls)
   const stop = new AbortController() // one player's failure ends the others
   const signal = AbortSignal.any([stop.signal, ...(options.signal ? [options.signal] : [])])
@@ -146,7 +145,7 @@ export async function playCalls(urls: string[], options: PlayOptions, progress =
   const pace = new Pace(options.rate)
   const maxUnacked = Math.ceil(MAX_UNACKED / count)
   const play = async (index: number) => {
-    const client = await connect(urls[index % urls.length]!, { token, maxUnacked })
+    const client = await open(ingest, { maxUnacked })
     await new Player(client, pace, progress).play(run, index, count, signal)
   }
   try {

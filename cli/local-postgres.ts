@@ -12,14 +12,14 @@ type User = { uid: number; gid: number } | undefined
 
 type PostgresOptions = LocalServerOptions & { settings?: Record<string, string> }
 
-const SETTINGS = {
-  listen_addresses: '127.0.0.1',
-  unix_socket_directories: '',
+/** Wherever it runs. */
+export const POSTGRES_SETTINGS = {
   TimeZone: 'UTC',
   log_timezone: 'UTC',
   shared_buffers: '256MB',
   max_wal_size: '2GB',
 }
+const LOOPBACK_ONLY = { listen_addresses: '127.0.0.1', unix_socket_directories: '' }
 
 /**
  * Starts PostgreSQL on loopback with its data in `dataDir`, which is initialised on first use, and a database `calltape`.
@@ -34,7 +34,8 @@ export async function startPostgres(o: PostgresOptions): Promise<LocalServer> {
   const { bin, version } = await findBinaries(dataDir, user)
   if (!existsSync(join(dataDir, 'PG_VERSION'))) await initialise(join(bin, 'initdb'), dataDir, user, say)
   await dropForeignLock(join(dataDir, 'postmaster.pid'))
-  const settings = Object.entries({ ...SETTINGS, ...o.settings }).flatMap(([name, value]) => ['-c', `${name}=${value}`])
+  const all = { ...LOOPBACK_ONLY, ...POSTGRES_SETTINGS, ...o.settings }
+  const settings = Object.entries(all).flatMap(([name, value]) => ['-c', `${name}=${value}`])
   const { port, ...server } = await runServer({
     name: version,
     command: join(bin, 'postgres'),

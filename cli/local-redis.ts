@@ -1,12 +1,18 @@
 /** Redis on this machine, for `calltape up`, `calltape demo` and the tests. */
-import { execFile, execFileSync, spawnSync } from 'node:child_process'
+import { execFileSync } from 'node:child_process'
 import { existsSync } from 'node:fs'
-import { mkdir, rm, writeFile } from 'node:fs/promises'
+import { mkdir } from 'node:fs/promises'
 import { connect } from 'node:net'
 import { delimiter, join, resolve } from 'node:path'
-import { promisify } from 'node:util'
 import { childEnvironment } from '../shared/config.js'
+import { installPackage } from './debian-package.js'
 import { type LocalServer, type LocalServerOptions, runServer } from './local-server.js'
+
+/** All of them, wherever it runs: nothing is evicted, and what it has said is on disk within a second. */
+export const REDIS_SETTINGS = [
+  ...'--databases 1024 --maxmemory-policy noeviction --appendonly yes --appendfsync everysec'.split(' '),
+  ...['--save', ''],
+]
 
 /** Starts Redis (or Valkey) on loopback with its data in `dataDir`, synced to disk every second. */
 export async function startRedis(o: LocalServerOptions & { args?: string[] }): Promise<LocalServer> {
@@ -14,10 +20,9 @@ export async function startRedis(o: LocalServerOptions & { args?: string[] }): P
   const dataDir = resolve(o.dataDir)
   const { command, version } = await findRedis({ say })
   await mkdir(dataDir, { recursive: true })
-  const settings = '--bind 127.0.0.1 --protected-mode yes --daemonize no --databases 1024 --maxmemory-policy noeviction'
-  const durable = ['--appendonly', 'yes', '--appendfsync', 'everysec', '--save', '']
+  const local = '--bind 127.0.0.1 --protected-mode yes --daemonize no'.split(' ')
   // With a process title of its own, `--dir` would vanish from the command line, where `marker` is looked for.
-  const flags = ['--set-proc-title', 'no', ...settings.split(' '), ...durable, ...(o.args ?? [])]
+  const flags = ['--set-proc-title', 'no', ...local, ...REDIS_SETTINGS, ...(o.args ?? [])]
   const { port, ...server } = await runServer({
     name: version,
     command,
@@ -58,7 +63,11 @@ export async function findRedis({
     path.split(delimiter).flatMap((dir) => (dir && existsSync(join(dir, name)) ? join(dir, name) : []))
   const find = () => [...which('redis-server'), ...which('valkey-server')]
   const has = (name: string) => which(name).length > 0
-  if (find().length === 0 && isRoot && has('apt-get')) await installRedis(say)
+  if (find().length === 0 && isRoot && has('apt-get')) {
+    await installPackage('redis-server', say).catch((cause) => {
+      throw new Error(`could not install redis-server (${cause}): install it yourself, or set REDIS_URL`, { cause })
+    })
+  }
   const found = find().map((command) => {
     const said = execFileSync(command, ['--version'], { encoding: 'utf8' })
     const [, product = command, number = '0'] = /^(\w+) server v=([\d.]+)/.exec(said) ?? []
@@ -75,28 +84,4 @@ export async function findRedis({
   else if (has('dnf')) install = 'run: sudo dnf install valkey'
   else if (has('brew') || process.platform === 'darwin') install = 'run: brew install redis'
   throw new Error(`found no redis-server or valkey-server in PATH; ${install} (or set REDIS_URL to a server of yours)`)
-}
-
-async function installRedis(say: (line: string) => void) {
-  say('found no redis-server; installing it: apt-get install redis-server')
-  const env = childEnvironment({ DEBIAN_FRONTEND: 'noninteractive' })
-  const apt = (...args: string[]) =>
-    promisify(execFile)('apt-get', ['-qq', '-o', 'DPkg::Lock::Timeout=60', ...args], { env })
-  const install = () => apt('install', '-y', '--no-install-recommends', 'redis-server')
-  // Debian starts and enables a packaged server. Nobody asked for one on port 6379, unless it ran already.
-  const service = (...verb: string[]) =>
-    spawnSync('systemctl', [...verb, 'redis-server'], { stdio: 'ignore' }).status === 0
-  const ranBefore = service('is-active')
-  const policy = '/usr/sbin/policy-rc.d' // Debian asks this before it starts a service; an existing one is the owner's
-  const isOurs = !existsSync(policy)
-  if (isOurs) await writeFile(policy, '#!/bin/sh\ncase "$*" in *redis-server*) exit 101;; esac\n', { mode: 0o755 })
-  try {
-    // The package lists may be old or absent. If they are not what is wrong, the second try says what is.
-    await install().catch(() => apt('update').then(install))
-  } catch (cause) {
-    throw new Error(`could not install redis-server (${cause}): install it yourself, or set REDIS_URL`, { cause })
-  } finally {
-    if (isOurs) await rm(policy)
-  }
-  if (!ranBefore && existsSync('/run/systemd/system')) service('disable', '--now')
 }

@@ -69,7 +69,8 @@ ${total} in quarantine${total > entries.length ? `, the newest ${entries.length}
 
 /** Prints all there is of an entry. @throws OperatorError when there is none of this id */
 export async function show(id: string, options: StackOptions & { json?: boolean }): Promise<void> {
-  const [entry] = await withPool(options, {}, (pool) => findQuarantined(pool, readIds([id])))
+  const ids = readIds([id])
+  const [entry] = await withPool(options, {}, (pool) => findQuarantined(pool, ids))
   const { streamKey, entryId, reason, raw, quarantinedAt, droppedAt } = entry!
   const fields = droppedAt ? undefined : readFields(raw)
   if (options.json) {
@@ -137,7 +138,7 @@ export async function drop(ids: string[], options: ChoiceOptions & { yes?: boole
 }
 
 /** So that calls which come to their end only now are filled in the table of LEGACY_CALL_SESSIONS, too. */
-async function openLegacy(pool: Pool, config: Config): Promise<Legacy | undefined> {
+export async function openLegacy(pool: Pool, config: Config): Promise<Legacy | undefined> {
   if (!config.LEGACY_CALL_SESSIONS) return undefined
   const { legacy } = await Legacy.open(pool, config.LEGACY_CALL_SESSIONS, config, WRITE_TIMEOUT_MS, {
     filled: () => undefined,

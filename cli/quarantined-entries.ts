@@ -6,6 +6,7 @@
  * transaction that stores it.
  */
 import { OperatorError } from '../shared/config.js'
+import { compareIds, isEntryId } from '../shared/entry-ids.js'
 import { type CallPlace, callSidInSql, parseStreamKey } from '../shared/keys.js'
 import { reasonOf } from '../shared/log.js'
 import type { Pool } from '../shared/postgres.js'
@@ -13,9 +14,10 @@ import { EncodedTurns } from '../sink/copy.js'
 import { type Batch, decodeCall, type Entry, emptyBatch, entryMs, storable } from '../sink/decode.js'
 import type { Lease } from '../sink/lease.js'
 import type { Legacy } from '../sink/legacy.js'
+import { fieldsFromJson } from '../sink/raw-fields.js'
 import { verdictOn } from '../sink/verdict.js'
 import { writeBatch, writeSettings } from '../sink/write.js'
-import { compareIds, type DecodedEntry, decodeAlone, isEntryId, leaseFromStart } from './entries.js'
+import { type DecodedEntry, decodeAlone, leaseFromStart } from './entries.js'
 
 /** A row of quarantined_events, without the data. */
 export interface Listed {
@@ -109,13 +111,7 @@ export function readFields(raw: Buffer): (string | Buffer)[] | undefined {
   } catch {
     return undefined
   }
-  if (!Array.isArray(fields)) return undefined
-  const read = fields.map((field: unknown) => {
-    if (typeof field === 'string') return field
-    const base64 = typeof field === 'object' && field !== null && 'base64' in field ? field.base64 : undefined
-    return typeof base64 === 'string' ? Buffer.from(base64, 'base64') : undefined
-  })
-  return read.every((field) => field !== undefined) ? read : undefined
+  return fieldsFromJson(fields)
 }
 
 /** What came of trying one entry again. */

@@ -9,7 +9,7 @@ import { createIngestMetrics } from '../shared/metrics.js'
 import { createPool } from '../shared/postgres.js'
 import { askAtStart, connectRedis, type RedisClient, readPartitions } from '../shared/redis.js'
 import { requireReachable, requireSchema } from '../shared/schema.js'
-import { createLiveView, type LiveView } from './live-view.js'
+import { createLiveView, keepDrawing, type LiveView, number } from './live-view.js'
 import { Stream } from './rescue/calls.js'
 import { Rescue } from './rescue/look.js'
 import { type News, subscribe } from './rescue/news.js'
@@ -18,7 +18,7 @@ import { connectSource, Source } from './rescue/source.js'
 import { waitUntilStored } from './rescue/stored.js'
 import { Watch } from './rescue/watch.js'
 import { runningStack } from './stack.js'
-import { READ_SETTINGS } from './verify-rows.js'
+import { READ_SETTINGS } from './verify/rows.js'
 
 export interface RescueOptions {
   /** The legacy bot's Redis; undefined: REDIS_URL. */
@@ -30,18 +30,14 @@ export interface RescueOptions {
   /** Seconds from one scan of all keys to the next. */
   every?: number
   /** Seconds to wait until PostgreSQL has everything. */
-  wait: string
+  wait: number
   json?: boolean
   /** The folder of the `calltape up` to ask. */
   data: string
 }
 
-const MOST_WAIT_SECONDS = 24 * 3600
 const SCAN_SECONDS = 2
 const SCAN_SECONDS_BESIDE_NEWS = 30
-const TTY_DRAW_MS = 100
-/** Where lines stay, as in a log. */
-const LINE_DRAW_MS = 5000
 /** What has been taken by then when it stops goes into Redis. */
 const STOP_TIMEOUT_MS = 5000
 
@@ -52,10 +48,10 @@ const STOP_TIMEOUT_MS = 5000
  */
 export async function rescue(options: RescueOptions): Promise<void> {
   if (options.dryRun && options.watch) throw new OperatorError('--dry-run looks once: leave out --watch')
-  const waitMs = readWait(options.wait) * 1000
   const config = readConfig({ ...runningStack(options.data), ...givenEnvironment() })
   const stop = new AbortController()
-  for (const signal of ['SIGINT', 'SIGTERM'] as const) process.once(signal, () => stop.abort())
+  // Not `once`: to the progress line, which gives the terminal its cursor back, it would look as if nobody handled the signal.
+  for (const signal of ['SIGINT', 'SIGTERM'] as const) process.on(signal, () => stop.abort())
   const view = createLiveView(process.stderr)
   const run = await RescueRun.open(config, options, stop.signal, view)
   const print = () => {
@@ -63,7 +59,7 @@ export async function rescue(options: RescueOptions): Promise<void> {
     console.log(options.json ? JSON.stringify(run.report, null, 2) : run.report.describe())
   }
   try {
-    await (options.watch ? run.watch(options.every) : run.once(waitMs))
+    await (options.watch ? run.watch(options.every) : run.once(options.wait * 1000))
   } catch (error) {
     print()
     if (error instanceof OperatorError || isBug(error)) throw error
@@ -184,9 +180,9 @@ class RescueRun {
     }
   }
 
-  /** @returns stops it */
+  /** @returns ends it */
   private showProgress(): () => void {
-    const draw = () => {
+    return keepDrawing(this.view, () => {
       const { sessions, turns, new: appended, truncated, unreadable, unreadable_turns, ended } = this.report.counts
       const wrong = truncated + unreadable + unreadable_turns
       const parts = [
@@ -197,17 +193,7 @@ class RescueRun {
         ...(this.report.missing ? [`waiting for ${number(this.report.missing)} turns in PostgreSQL`] : []),
         ...(this.appender?.isAway ? ['waiting for Redis to take them'] : []),
       ]
-      this.view.draw(parts.join(', '), parts.join(', '))
-    }
-    const timer = setInterval(draw, process.stderr.isTTY ? TTY_DRAW_MS : LINE_DRAW_MS)
-    return () => clearInterval(timer)
+      return parts.join(', ')
+    })
   }
-}
-
-const number = (n: number) => n.toLocaleString('en-US')
-
-function readWait(text: string): number {
-  const seconds = text.trim() === '' ? Number.NaN : Number(text)
-  if (seconds >= 0 && seconds <= MOST_WAIT_SECONDS) return seconds
-  throw new OperatorError(`--wait wants seconds, from 0 to ${MOST_WAIT_SECONDS}, got ${text}`)
 }

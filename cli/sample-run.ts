@@ -1,9 +1,10 @@
 /** Plays the sample calls of demo-calls.ts, each over a connection of its own, several times as fast as people speak. */
 import { setImmediate as nextRound, setTimeout as sleep } from 'node:timers/promises'
-import { type Client, connect, EventRefused } from '../client/client.js'
+import { type Client, EventRefused } from '../client/client.js'
 import type { Pool } from '../shared/postgres.js'
 import { type ExpectedCall, expectedCall, type SentEvent } from './compare.js'
-import { SAMPLE_CALLS, type SampleCall } from './demo-calls.js'
+import { SAMPLE_CALLS, type SampleCall } from './demo/calls.js'
+import { countEvents, type Ingest, open } from './demo/client.js'
 
 /** A call that is being played, as the live view shows it. */
 export interface PlayedCall {
@@ -109,18 +110,10 @@ function withDrop(steps: Step[]): Step[] {
   )
 }
 
-/**
- * @param url of ingest
- * @throws (rejects) ConnectionClosed, or the signal's reason
- */
-export async function playSample(
-  call: PlayedCall,
-  url: string,
-  token: string | undefined,
-  signal: AbortSignal,
-): Promise<void> {
+/** @throws (rejects) ConnectionClosed, or the signal's reason */
+export async function playSample(call: PlayedCall, ingest: Ingest, signal: AbortSignal): Promise<void> {
   const hangsUp = call.sample.fate === 'hangs up'
-  const client = await connect(url, { token, callSid: hangsUp ? call.callSid : undefined })
+  const client = await open(ingest, { callSid: hangsUp ? call.callSid : undefined })
   const cut = () => client.terminate()
   signal.addEventListener('abort', cut)
   client.on('reconnect', (unacked) => {
@@ -197,15 +190,16 @@ export function expectedOf(call: PlayedCall): ExpectedCall {
   )
 }
 
-/** How many events came to Redis more than once, in calls whose connections add no events of their own. */
-export async function countDuplicates(calls: PlayedCall[], url: string, token: string | undefined): Promise<number> {
+/**
+ * How many events came to Redis more than once, in calls whose connections add no events of their own and that Redis still has.
+ *
+ * @throws (rejects) when ingest does not say
+ */
+export async function countDuplicates(calls: PlayedCall[], ingest: Ingest): Promise<number> {
   let duplicates = 0
   for (const call of calls.filter(({ sample }) => sample.fate !== 'hangs up')) {
-    const headers = token === undefined ? {} : { Authorization: `Bearer ${token}` }
-    const response = await fetch(`${url}/v1/calls/${call.callSid}`, { headers })
-    if (!response.ok) throw new Error(`GET ${response.url}: ${response.status} ${await response.text()}`)
-    const { events } = (await response.json()) as { events: number }
-    duplicates += events - call.steps.filter((step) => step.event && !step.again).length
+    const sent = call.steps.filter((step) => step.event && !step.again).length
+    duplicates += ((await countEvents(ingest, call.callSid)) ?? sent) - sent
   }
   return duplicates
 }

@@ -22,10 +22,12 @@ interface ShownTurn {
   inPostgres: boolean | null
 }
 
-interface LiveState {
+export interface LiveState {
   session: Record<string, string>
   turns: Map<string, ShownTurn>
   entries: number
+  /** The last entry; 0-0 without any. */
+  last: string
   /** Last entry committed, as the consumer group has it. */
   cursor: string
 }
@@ -72,7 +74,7 @@ export async function show(callSid: string, options: { json?: boolean; data: str
   print(callSid, stores, stored?.session, turns)
 }
 
-async function find<T>(look: () => Promise<T>): Promise<Found<T>> {
+export async function find<T>(look: () => Promise<T>): Promise<Found<T>> {
   try {
     return { value: await look() }
   } catch (error) {
@@ -80,10 +82,13 @@ async function find<T>(look: () => Promise<T>): Promise<Found<T>> {
   }
 }
 
-const hostOf = (urls: string) => new URL(urls.split(',')[0]!).host
+export const hostOf = (urls: string) => new URL(urls.split(',')[0]!).host
 
 /** What Redis has of the call, and under which key its stream was looked for. */
-async function lookInRedis(config: Config, callSid: string): Promise<{ stream: string; live: LiveState | undefined }> {
+export async function lookInRedis(
+  config: Config,
+  callSid: string,
+): Promise<{ stream: string; live: LiveState | undefined }> {
   const redis = await connectRedis(config.REDIS_URL, createLog('show', 'silent'))
   try {
     const partitions = await readPartitions(redis, config.PARTITIONS)
@@ -109,7 +114,7 @@ async function readLive(redis: RedisClient, partitions: Partitions, callSid: str
   const stream = keys.streamPrefix + callSid
   const session = await redis.hgetall(keys.sessionPrefix + callSid)
   const turns = new Map<string, ShownTurn>()
-  let entries = 0
+  let [entries, lastId] = [0, '0-0']
   for (let from = '-'; ; ) {
     const page = await redis.xrange(stream, from, '+', 'COUNT', PAGE)
     for (const [id, fields] of page) {
@@ -120,6 +125,7 @@ async function readLive(redis: RedisClient, partitions: Partitions, callSid: str
       if (!turns.has(key)) turns.set(key, shownTurn(turn, key, Number.parseInt(id, 10)))
     }
     const last = page.at(-1)
+    lastId = last?.[0] ?? lastId
     if (!last || page.length < PAGE) break
     from = `(${last[0]}`
   }
@@ -127,7 +133,7 @@ async function readLive(redis: RedisClient, partitions: Partitions, callSid: str
   const groups = entries === 0 ? [] : ((await redis.xinfo('GROUPS', stream)) as unknown[][])
   const sink = groups.find((group) => group[1] === GROUP)
   const cursor = String(sink?.[sink.indexOf('last-delivered-id') + 1] ?? '0-0')
-  return { session, turns, entries, cursor }
+  return { session, turns, entries, last: lastId, cursor }
 }
 
 function shownTurn(turn: Turn, key: string, receivedMs: number): ShownTurn {

@@ -86,6 +86,8 @@ export async function startStack(options: StackOptions): Promise<Stack> {
       JSON.stringify({
         ...{ pid: process.pid, REDIS_URL: redisUrl, ...database },
         LEGACY_CALL_SESSIONS: given.LEGACY_CALL_SESSIONS,
+        SPOOL_DIR: resolve(environment.SPOOL_DIR!),
+        ...(given.ARCHIVE_DIR ? { ARCHIVE_DIR: resolve(given.ARCHIVE_DIR) } : {}),
       }),
     )
     return {
@@ -110,12 +112,19 @@ export async function startStack(options: StackOptions): Promise<Stack> {
   }
 }
 
-/** The URLs of a `calltape up` that runs on this folder, for commands that look into its stores. */
+/** Where a `calltape up` that runs on this folder keeps calls, for commands that look there. */
 export function runningStack(dataDir: string): Environment {
   try {
-    const { pid, REDIS_URL, ...database } = JSON.parse(readFileSync(join(dataDir, 'up.json'), 'utf8'))
+    const { pid, REDIS_URL, SPOOL_DIR, ARCHIVE_DIR, ...database } = JSON.parse(
+      readFileSync(join(dataDir, 'up.json'), 'utf8'),
+    )
     if (!isAlive(pid)) return {}
-    return { REDIS_URL, ...(givenEnvironment().DATABASE_URL ? {} : database) } // what is in one database is in no other
+    const given = givenEnvironment()
+    return {
+      REDIS_URL,
+      ...((given.REDIS_URL ?? REDIS_URL) === REDIS_URL ? { SPOOL_DIR, ARCHIVE_DIR } : {}), // of what is in this Redis
+      ...(given.DATABASE_URL ? {} : database), // what is in one database is in no other
+    }
   } catch {
     return {} // none was started here
   }

@@ -2,11 +2,15 @@
 import { OperatorError, readConfig } from '../shared/config.js'
 import { startStack } from './stack.js'
 
-/** @param options.data the folder for the stores' data and the logs */
-export async function up(options: { data: string }): Promise<void> {
+/**
+ * @param options.data the folder for the stores' data and the logs
+ * @param usualFolder where commands look when they are not told another one
+ */
+export async function up(options: { data: string }, usualFolder: string): Promise<void> {
   const say = (line: string) => console.error(line)
   const interrupted = new Promise<undefined>((resolve) => {
-    for (const signal of ['SIGINT', 'SIGTERM']) process.once(signal, () => resolve(undefined))
+    // Handled for as long as the process lives: some versions of npm pass Ctrl-C on, so that it comes twice.
+    for (const signal of ['SIGINT', 'SIGTERM']) process.on(signal, () => resolve(undefined))
   })
   const stack = await startStack({ dataDir: options.data, say })
   const auth = readConfig().INGEST_TOKENS.length > 0 ? ` -H "Authorization: Bearer \${INGEST_TOKENS%%,*}"` : ''
@@ -21,7 +25,7 @@ Send a first event:
 
 and see where it is:
 
-  npx calltape show my-first-call
+  npx calltape show my-first-call${options.data === usualFolder ? '' : ` --data ${options.data}`}
 
 Ctrl-C stops everything; the next start finds its data.`)
   const reason = await Promise.race([stack.failed, interrupted])

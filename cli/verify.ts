@@ -1,17 +1,17 @@
 /** `calltape verify`: is all that is in the streams in PostgreSQL? */
 import { type Config, givenEnvironment, isBug, OperatorError, readConfig } from '../shared/config.js'
+import { compareIds, isEntryId } from '../shared/entry-ids.js'
 import { type CallPlace, streamKey } from '../shared/keys.js'
 import { createLog, reasonOf } from '../shared/log.js'
 import { createPool } from '../shared/postgres.js'
 import { connectRedis, type RedisClient, readPartitions } from '../shared/redis.js'
 import { requireReachable, requireSchema } from '../shared/schema.js'
-import { compareIds, isEntryId } from './entries.js'
-import { createLiveView } from './live-view.js'
+import { createLiveView, keepDrawing, number } from './live-view.js'
 import { runningStack } from './stack.js'
-import { Report } from './verify-report.js'
-import { READ_SETTINGS } from './verify-rows.js'
-import { Verification } from './verify-run.js'
-import { streamInfo, type Window } from './verify-streams.js'
+import { streamInfo, type Window } from './streams.js'
+import { Report } from './verify/report.js'
+import { READ_SETTINGS } from './verify/rows.js'
+import { Verification } from './verify/run.js'
 
 export interface VerifyOptions {
   /** Only this call. */
@@ -21,17 +21,13 @@ export interface VerifyOptions {
   /** Only entries that arrived until then: likewise. */
   to?: string
   /** Seconds to wait for what is not committed yet. */
-  wait: string
+  wait: number
   json?: boolean
   /** The folder of the `calltape up` to ask. */
   data: string
 }
 
-const MOST_WAIT_SECONDS = 24 * 3600
 const CONNECTIONS = 4
-const TTY_DRAW_MS = 100
-/** Where lines stay, as in a log. */
-const LINE_DRAW_MS = 3000
 
 /**
  * Prints what it finds, and sets the process's exit code: 1 if anything is missing or different.
@@ -40,9 +36,8 @@ const LINE_DRAW_MS = 3000
  */
 export async function verify(options: VerifyOptions): Promise<void> {
   const window = readWindow(options)
-  const waitMs = readWait(options.wait) * 1000
   const config = readConfig({ ...runningStack(options.data), ...givenEnvironment() })
-  const report = await compareStores(config, options.call, window, waitMs)
+  const report = await compareStores(config, options.call, window, options.wait * 1000)
   console.log(options.json ? JSON.stringify(report, null, 2) : report.describe())
   if (report.wrong > 0) process.exitCode = 1
 }
@@ -85,30 +80,22 @@ async function findCall(redis: RedisClient, config: Config, callSid: string): Pr
   const name = { callSid, partition }
   if (await streamInfo(redis, name)) return name
   throw new OperatorError(
-    `Redis has no stream of call ${callSid} (key ${streamKey(name)}): there is nothing to compare`,
+    `Redis has no stream of call ${callSid} (key ${streamKey(name)}): there is nothing to compare. ` +
+      'It goes STREAM_RETENTION after the call; `calltape show` has what PostgreSQL has',
   )
 }
 
-/** @returns stops it */
+/** @returns ends it */
 function showProgress(run: Verification, report: Report): () => void {
-  const view = createLiveView(process.stderr)
   const started = performance.now()
-  const draw = () => {
+  return keepDrawing(createLiveView(process.stderr), () => {
     const { calls, entries } = report.counts
     const rate = Math.round(entries / ((performance.now() - started) / 1000))
     const waiting = run.waitingCalls > 0 ? `, waiting for ${number(run.waitingCalls)} calls` : ''
     const found = report.wrong > 0 ? `, ${number(report.wrong)} findings` : ''
-    const line = `${number(calls)} calls, ${number(entries)} entries, ${number(rate)} entries/s${waiting}${found}`
-    view.draw(line, line)
-  }
-  const timer = setInterval(draw, process.stderr.isTTY ? TTY_DRAW_MS : LINE_DRAW_MS)
-  return () => {
-    clearInterval(timer)
-    view.done()
-  }
+    return `${number(calls)} calls, ${number(entries)} entries, ${number(rate)} entries/s${waiting}${found}`
+  })
 }
-
-const number = (n: number) => n.toLocaleString('en-US')
 
 const RFC3339 = /^\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)$/
 const LAST_IN_MS = '18446744073709551615'
@@ -133,10 +120,4 @@ export function readWindow({ from, to }: Pick<VerifyOptions, 'from' | 'to'>): Wi
     throw new OperatorError(`--from ${from} is later than --to ${to}`)
   }
   return window
-}
-
-function readWait(text: string): number {
-  const seconds = text.trim() === '' ? Number.NaN : Number(text)
-  if (seconds >= 0 && seconds <= MOST_WAIT_SECONDS) return seconds
-  throw new OperatorError(`--wait wants seconds, from 0 to ${MOST_WAIT_SECONDS}, got ${text}`)
 }

@@ -47,17 +47,22 @@ local arg = 6
 local refused = {}
 local woken = {}
 
--- Counts and appends a call's events. An error (a key that is something else than ours) is returned:
--- it must not stop the other calls of the batch, nor make the whole batch be tried again for ever.
+-- Counts and appends a call's events. An error (a key that is something else than ours, a stream that has had the last id there
+-- is) is returned: it must not stop the other calls of the batch, nor make the whole batch be tried again for ever.
+-- Returns how many are in the stream now, and the error.
 local function append_events(stream, session, bytes, first, count)
   local total = redis.pcall('HINCRBY', session, 'bytes', bytes)
-  if type(total) == 'table' then return total.err end
+  if type(total) == 'table' then return 0, total.err end
+  local appended, err = 0, nil
   for i = first, first + count - 1 do
     local id = redis.pcall('XADD', stream, '*', 'e', ARGV[i])
-    if type(id) == 'table' then return id.err end
+    err = type(id) == 'table' and id.err or nil
+    if err then break end
+    appended = appended + 1
   end
   -- The counter started at what was just added: this was the call's first entry.
-  if total == tonumber(bytes) then redis.pcall('XGROUP', 'CREATE', stream, 'sink', '0') end
+  if total == tonumber(bytes) and appended > 0 then redis.pcall('XGROUP', 'CREATE', stream, 'sink', '0') end
+  return appended, err
 end
 
 local function set_session(session, first, count)
@@ -91,11 +96,11 @@ while arg <= #ARGV do
   local fields = arg + 5 + events
   local field_count = tonumber(ARGV[fields])
 
-  local err = append_events(stream, session, bytes, arg + 5, events)
-  if err then
-    refused[#refused + 1] = { index, err }
-  else
-    set_session(session, fields + 1, field_count)
+  local appended, err = append_events(stream, session, bytes, arg + 5, events)
+  if err then refused[#refused + 1] = { index, err } end
+  -- Of a call that is refused, what came before the error is stored all the same. What its session would say may be of the rest.
+  if not err then set_session(session, fields + 1, field_count) end
+  if not err or appended > 0 then
     -- Once a call has ended, whatever comes late does not open it again; nor does what comes of a call that seems over, such
     -- as its recording's URL, keep it open for longer than the grace.
     local state = redis.call('HMGET', session, 'ended', 'status', 'connection')

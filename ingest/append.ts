@@ -52,7 +52,8 @@ class LaneQueue {
   private readonly batches: Batch[] = []
   /** Made up into a batch only when one can be sent: until then whoever comes next gets his turn. */
   private readonly queue = new FairQueue()
-  private inFlight = 0
+  /** Appends that are sent and not answered. */
+  inFlight = 0
   private nextNumber = 1
   private failing = false
   /** In a row: a Redis that answers, but refuses to write, must not be asked all the time. */
@@ -90,7 +91,9 @@ class LaneQueue {
   }
 
   flush(): void {
-    const canSend = () => !this.failing && !this.appender.isAbandoned && this.inFlight < MAX_IN_FLIGHT
+    // What confirms an append blocks the connection meanwhile: a batch behind it would have to wait for two confirmations.
+    const most = this.appender.options.confirm ? 1 : MAX_IN_FLIGHT
+    const canSend = () => !this.failing && !this.appender.isAbandoned && this.inFlight < most
     for (const batch of this.batches) if (!batch.isSent && canSend()) void this.send(batch)
     while (!this.queue.isEmpty && canSend()) void this.send(this.nextBatch())
   }
@@ -242,8 +245,7 @@ export class Appender {
   failed(error: Error): void {
     this.failure = error.message
     this.metrics.flushFailures.inc()
-    if (!isNoScript(error))
-      this.log.warn({ err: error.message, queued: this.queuedEvents }, 'append failed, will retry')
+    if (!isNoScript(error)) this.log.warn({ err: error, queued: this.queuedEvents }, 'append failed, will retry')
   }
 
   /** @returns true as soon as all that was taken is stored; false if it is not by then */
@@ -264,5 +266,6 @@ export class Appender {
   observe(): void {
     this.metrics.queuedEvents.set(this.queuedEvents)
     this.metrics.queuedBytes.set(this.queuedBytes)
+    this.metrics.inFlight.set(this.lanes.reduce((sum, lane) => sum + lane.inFlight, 0))
   }
 }

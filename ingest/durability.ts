@@ -37,6 +37,12 @@ export async function durabilityCheck(
   }
   const [, policy] = (await client.config('GET', 'appendfsync')) as string[]
   if (policy === 'always') return undefined // a reply is sent after the fsync
+  if (policy === 'no') {
+    // WAITAOF waits for the next sync, and does not bring it about: nothing would ever be acked.
+    throw new OperatorError(
+      'DURABILITY=fsync, but this Redis leaves it to the system when to sync: set appendfsync everysec or always',
+    )
+  }
   const commands = (await client.command('INFO', 'WAITAOF')) as unknown[]
   if (!commands[0]) {
     throw new OperatorError(

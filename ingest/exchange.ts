@@ -41,7 +41,7 @@ export interface BodyLimits {
 /** Of all bodies of this process. */
 let heldBytes = 0
 
-/** A request and its answer, which may be written only while its client is there. */
+/** A request and its answer, which may be written only while its client is there; whoever wants to know is told of it. */
 export class Exchange {
   private readonly isHead: boolean
   private readonly announcedBytes: number
@@ -53,6 +53,7 @@ export class Exchange {
   constructor(
     private readonly res: uWS.HttpResponse,
     req: uWS.HttpRequest,
+    private readonly answered: (answer: Answer) => void = () => undefined,
   ) {
     this.isHead = req.getMethod() === 'head'
     this.announcedBytes = Number(req.getHeader('content-length') || 0)
@@ -62,9 +63,11 @@ export class Exchange {
     })
   }
 
-  answer({ status, headers, body }: Answer, closeConnection = false): void {
+  answer(answer: Answer, closeConnection = false): void {
     if (this.isOver) return
     const { res, isHead } = this
+    const { status, headers, body } = answer
+    this.answered(answer)
     const text = typeof body === 'string' ? body : JSON.stringify(body)
     this.isOver = true
     this.release()

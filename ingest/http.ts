@@ -121,6 +121,7 @@ export async function postEvents(
   for (const { index, refusal } of delivered.refused) rejected.push({ index: indexes[index]!, ...refusal })
   rejected.sort((a, b) => a.index - b.index)
   const accepted = given.length - rejected.length
+  metrics.acked.inc(accepted)
   return delivered.state === 'stored'
     ? { status: '200 OK', body: { accepted, rejected } }
     : { status: '202 Accepted', body: { accepted, spooled: true, rejected } }

@@ -29,6 +29,8 @@ export async function startIngest(config: Config, log: Logger): Promise<Ingest> 
   const redis = await connectRedis(config.REDIS_URL, log)
   try {
     const metrics = createIngestMetrics()
+    metrics.queueMaxBytes.set(config.MAX_QUEUE_BYTES)
+    metrics.spoolMaxBytes.set(config.SPOOL_DIR === undefined ? 0 : config.SPOOL_MAX_BYTES)
     const { partitions, appender } = await openAppender(redis, config, metrics, log)
     const deliveries = new Deliveries(appender)
     const routes = new IngestRoutes({ config, redis, partitions, appender, deliveries, metrics, log })

@@ -1,4 +1,5 @@
 /** `/webhooks/PROVIDER/…` and `/streams/PROVIDER`: whose a request is, and whether it really comes from there. */
+import { countProvidersFromZero } from '../shared/metrics.js'
 import { tokenCheck } from './auth.js'
 import { hasOtherTurns, isAnswered } from './calls.js'
 import { decodePart, type RequestHead } from './exchange.js'
@@ -18,6 +19,7 @@ export class ProviderRoutes {
 
   constructor(private readonly parts: IngestParts) {
     this.providers = createProviders(parts.config)
+    countProvidersFromZero(parts.metrics, [...this.providers.keys()])
     this.hasToken = tokenCheck(parts.config.INGEST_TOKENS)
   }
 

@@ -3,7 +3,7 @@ import type { Config } from '../shared/config.js'
 import { parseEvent, Refusal } from '../shared/events.js'
 import type { Partitions } from '../shared/keys.js'
 import type { Logger } from '../shared/log.js'
-import type { IngestMetrics } from '../shared/metrics.js'
+import { closeCodeLabel, type IngestMetrics } from '../shared/metrics.js'
 import type { RedisClient } from '../shared/redis.js'
 import type { Appender } from './append.js'
 import { listOpenCalls, readLiveCall } from './calls.js'
@@ -67,6 +67,14 @@ export class IngestRoutes implements Routes {
     return postEvents(contentType, query, body, this.parts.deliveries, this.parts.metrics)
   }
 
+  postAnswered({ status }: Answer): void {
+    this.parts.metrics.requests.inc({ status: status.slice(0, 3) })
+  }
+
+  webSocketClosed(code: number): void {
+    this.parts.metrics.closed.inc({ code: closeCodeLabel(code) })
+  }
+
   denyWebhook(head: RequestHead): Answer | undefined {
     return this.phase === 'serving' ? this.providers.denyUnread(head) : notServing(this.phase)
   }
@@ -95,7 +103,8 @@ export class IngestRoutes implements Routes {
   async metrics(): Promise<Answer> {
     this.parts.appender.observe()
     this.parts.deliveries.spool?.observe()
-    const { registry } = this.parts.metrics
+    const { registry, redisUp } = this.parts.metrics
+    redisUp.set(this.parts.redis.status === 'ready' ? 1 : 0)
     return { status: '200 OK', headers: { 'Content-Type': registry.contentType }, body: await registry.metrics() }
   }
 

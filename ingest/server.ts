@@ -25,6 +25,10 @@ export interface Routes {
   /** A WebSocket below `/streams/` that wants to be opened; an Answer turns it away. */
   providerStream(head: RequestHead): Connection | Answer
   postEvents(contentType: string, query: URLSearchParams, body: Buffer): Promise<Answer>
+  /** Told of every answer to a POST of events, whoever gave it. */
+  postAnswered(answer: Answer): void
+  /** Told of every WebSocket that closes, also of one that nobody took. */
+  webSocketClosed(code: number): void
   listCalls(query: URLSearchParams): Promise<Answer>
   getCall(callSid: string): Promise<Answer>
   metrics(): Promise<Answer>
@@ -100,7 +104,7 @@ function addRoutes(app: uWS.TemplatedApp, options: ServerOptions, routes: Routes
   app.post('/v1/events', (res, req) => {
     const contentType = req.getHeader('content-type')
     const query = new URLSearchParams(req.getQuery())
-    const exchange = new Exchange(res, req)
+    const exchange = new Exchange(res, req, (answer) => routes.postAnswered(answer))
     if (!allowed(req.getHeader('authorization'))) return exchange.answer(UNAUTHORIZED, true)
     exchange.readBody(options.bodies, (body) => routes.postEvents(contentType, query, body))
   })
@@ -123,7 +127,7 @@ function addRoutes(app: uWS.TemplatedApp, options: ServerOptions, routes: Routes
     app.get(path, handler).head(path, handler)
     anythingElse(app, path, 'GET, HEAD')
   }
-  const upgrade = webSocketsOn(app, options, open)
+  const upgrade = webSocketsOn(app, options, open, (code) => routes.webSocketClosed(code))
   upgrade('/v1/stream', (req) => {
     if (!allowed(req.getHeader('authorization'))) return UNAUTHORIZED
     // Without tokens, any page in a browser on this machine could write calls. Browsers say where a page is from.
@@ -172,11 +176,21 @@ function anythingElse(app: uWS.TemplatedApp, path: string, methods: string): voi
 type Upgrade = (req: uWS.HttpRequest) => SocketData['connect'] | Answer
 
 /** @returns adds a path whose WebSockets are handed to whom `decide` names; its Answer turns them away */
-function webSocketsOn(app: uWS.TemplatedApp, options: ServerOptions, open: Set<UwsSocket>) {
-  return (path: string, decide: Upgrade) => app.ws<SocketData>(path, webSockets(options, open, decide))
+function webSocketsOn(
+  app: uWS.TemplatedApp,
+  options: ServerOptions,
+  open: Set<UwsSocket>,
+  closed: (code: number) => void,
+) {
+  return (path: string, decide: Upgrade) => app.ws<SocketData>(path, webSockets(options, open, decide, closed))
 }
 
-function webSockets(options: ServerOptions, open: Set<UwsSocket>, decide: Upgrade): uWS.WebSocketBehavior<SocketData> {
+function webSockets(
+  options: ServerOptions,
+  open: Set<UwsSocket>,
+  decide: Upgrade,
+  closed: (code: number) => void,
+): uWS.WebSocketBehavior<SocketData> {
   return {
     maxPayloadLength: options.maxMessageBytes,
     maxBackpressure: MAX_UNREAD_BYTES,
@@ -218,6 +232,7 @@ function webSockets(options: ServerOptions, open: Set<UwsSocket>, decide: Upgrad
     },
     close(ws, code) {
       open.delete(ws)
+      closed(code)
       ws.getUserData().connection?.closed(code)
     },
   }

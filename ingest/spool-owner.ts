@@ -1,6 +1,7 @@
 /**
  * One process at a time uses a spool directory: whoever wrote its id into the file `owner` last. Nothing needs to be released,
- * so the spool of a process that was killed can be taken over at once.
+ * so the spool of a process that was killed can be taken over at once. An owner that uses the spool says every second, by the time
+ * of the file, that it lives: for those who would rather leave it to its ingest (`calltape erase`).
  *
  * Why nothing that was acked is lost, however long a former owner (A) goes on before it notices the new one (B):
  *  - B claims (renames its id over `owner`), and only then lists and reads the segments.
@@ -14,7 +15,7 @@
  * This wants what every local file system gives: that a rename and a write are seen by other processes at once. NFS does not.
  */
 import { randomBytes } from 'node:crypto'
-import { open, readFile, rename } from 'node:fs/promises'
+import { open, readFile, rename, stat, utimes } from 'node:fs/promises'
 import { join } from 'node:path'
 import { syncDirectory } from './spool-segment.js'
 
@@ -25,7 +26,17 @@ export class OwnershipLost extends Error {
   }
 }
 
+const SIGN_MS = 1000
+const DEAD_AFTER_MS = 10_000
+
+/** Whether somebody uses a spool, or did seconds ago. @throws the file system's errors */
+export async function isSpoolUsed(directory: string): Promise<boolean> {
+  return Date.now() - (await stat(join(directory, 'owner'))).mtimeMs < DEAD_AFTER_MS
+}
+
 export class SpoolOwner {
+  private signs: NodeJS.Timeout | undefined
+
   private constructor(
     private readonly file: string,
     readonly id: string,
@@ -59,5 +70,21 @@ export class SpoolOwner {
       throw error
     })
     if (id !== this.id) throw new OwnershipLost()
+  }
+  /** Says from now on that somebody uses the spool. */
+  use(): void {
+    const sign = async () => {
+      await this.verify() // the file may be another's by now
+      await utimes(this.file, new Date(), new Date())
+    }
+    // Whatever it is, it will be told when something is to be acked.
+    this.signs = setInterval(() => sign().catch(() => clearInterval(this.signs)), SIGN_MS).unref()
+  }
+
+  /** Nobody uses it any more. @throws OwnershipLost, or the file system's errors */
+  async leave(): Promise<void> {
+    clearInterval(this.signs)
+    await this.verify()
+    await utimes(this.file, new Date(0), new Date(0))
   }
 }

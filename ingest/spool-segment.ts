@@ -77,7 +77,8 @@ export async function* readRecords(path: string): AsyncGenerator<unknown[] | 'da
   if (last) yield last
 }
 
-function decodeRecord(line: Buffer): unknown[] | undefined {
+/** @param line without its line feed @returns its events; undefined when it is no record */
+export function decodeRecord(line: Buffer): unknown[] | undefined {
   const json = line.subarray(CRC_CHARS + 1)
   if (line.toString('latin1', 0, CRC_CHARS + 1) !== `${crcOf(json)} `) return undefined
   const events = parseJson(json.toString('utf8'))

@@ -96,6 +96,7 @@ export class Spool {
       const place = (segmentPlace(basename(found.at(-1)?.path ?? '')) ?? 0) + 1
       const writer = new SpoolWriter(directory, owner.id.slice(0, 8), place, options.segmentBytes ?? SEGMENT_BYTES)
       const spool = new Spool({ ...options, directory }, owner, writer, sender, metrics, log)
+      owner.use()
       for (const segment of found) spool.add(segment)
       if (found.length > 0) {
         log.warn({ segments: found.length, bytes: spool.bytes }, 'the spool holds events of an earlier process')
@@ -157,6 +158,7 @@ export class Spool {
     this.ended ??= 'the process is stopping'
     await Promise.all(this.finishing)
     await this.writer.seal()
+    await this.owner.leave().catch(() => undefined) // another's by now, or its disk is gone: then nobody says that it is used
   }
 
   private refusalOf(entry: SpoolEntry): string | undefined {
@@ -312,7 +314,7 @@ export class Spool {
   private failed(error: Error, what: string): void {
     const isLost = error instanceof OwnershipLost
     this.metrics.spoolFailures.inc({ reason: isLost ? 'owner' : 'disk' })
-    this.log.error({ err: error.message }, what)
+    this.log.error({ err: error }, what)
     if (!isLost || this.ended !== undefined) return
     this.ended = error.message
     this.segments.clear() // the other one replays them

@@ -29,8 +29,10 @@ export class StreamConnection implements Origin {
   /** Every event up to here is settled. */
   private through = 0
   private acked = 0
-  /** Settled events beyond `through`: only while lanes finish in another order than events came. */
-  private readonly ahead = new Set<number>()
+  /** Of the events between `acked` and `through`, those that are stored. */
+  private storedUnacked = 0
+  /** Settled events beyond `through`, and whether they are stored: only while lanes finish in another order than events came. */
+  private readonly ahead = new Map<number, boolean>()
   private open = true
   private ended = false
   private readonly id = randomUUID()
@@ -113,11 +115,21 @@ export class StreamConnection implements Origin {
     if (number === 0) return // an event of our own
     if (refusal && this.open) this.socket.send(JSON.stringify({ type: 'error', event: number, ...refusal }))
     if (number !== this.through + 1) {
-      this.ahead.add(number)
+      this.ahead.set(number, refusal === undefined)
       return
     }
-    this.through = number
-    while (this.ahead.size > 0 && this.ahead.delete(this.through + 1)) this.through++
+    this.advance(refusal === undefined)
+    while (this.ahead.size > 0) {
+      const isStored = this.ahead.get(this.through + 1)
+      if (isStored === undefined) break
+      this.ahead.delete(this.through + 1)
+      this.advance(isStored)
+    }
+  }
+
+  private advance(isStored: boolean): void {
+    this.through++
+    if (isStored) this.storedUnacked++
   }
 
   settled(): void {
@@ -127,6 +139,8 @@ export class StreamConnection implements Origin {
   private sendAck(): void {
     if (this.through === this.acked || !this.open) return
     this.acked = this.through
+    this.metrics.acked.inc(this.storedUnacked)
+    this.storedUnacked = 0
     this.socket.send(`{"type":"ack","through":${this.through}}`)
   }
 

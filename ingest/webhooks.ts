@@ -43,6 +43,7 @@ export async function takeWebhook(
   if (events.length === 0 && rejected[0]) return refused(rejected[0])
   const delivered = await deliveries.deliverOrSpool(events)
   if (delivered.state === 'unavailable') return overloaded(delivered.reason ?? 'the stores cannot take more now')
+  metrics.acked.inc(events.length - delivered.refused.length)
   rejected.push(...delivered.refused.map(({ refusal }) => refusal))
   const answer = provider.answer?.(read)
   if (answer) return { status: answer.status, headers: { 'Content-Type': answer.contentType }, body: answer.body }

@@ -55,6 +55,12 @@ test('what_is_set_counts', () => {
   expect(readConfig({ ALLOW_UNAUTHENTICATED: 'false' }).ALLOW_UNAUTHENTICATED).toBe(false)
 })
 
+test('a_retention_that_is_off_is_none_and_not_the_default', () => {
+  expect(readConfig({}).STREAM_RETENTION).toBe(7 * 24 * 3600)
+  expect(readConfig({ STREAM_RETENTION: '0' }).STREAM_RETENTION).toBe(0)
+  expect(readConfig({ STREAM_RETENTION: 'off' }).STREAM_RETENTION).toBeUndefined()
+})
+
 test('several_tokens_are_separated_by_commas', () => {
   expect(readConfig({ INGEST_TOKENS: 'one, two ,,three,' }).INGEST_TOKENS).toEqual(['one', 'two', 'three'])
   expect(readConfig({}).INGEST_TOKENS).toEqual([])
@@ -89,6 +95,9 @@ describe('what_is_wrong_is_named', () => {
     ['REDIS_URL', 'redis://a:1,,redis://b:2', /redis:\/\//],
     ['REDIS_URL', 'redis://a:99999', /redis:\/\//],
     ['REDIS_URL', 'redis://a b', /redis:\/\//],
+    ['REDIS_URL', 'redis://u:p%@h', /%25/],
+    ['REDIS_URL', 'redis://h,redis://u:1/2@h', /%2F/],
+    ['DATABASE_URL', 'postgres://u:1?2@h/x', /%3F/],
     ['DATABASE_URL', 'mysql://localhost/x', /postgres:\/\//],
     ['DATABASE_URL', 'calltape', /postgres:\/\//],
     ['DATABASE_URL', 'postgres://a:99999/x', /postgres:\/\//],
@@ -128,8 +137,9 @@ describe('what_is_wrong_is_named', () => {
   })
 
   test('all_of_it_at_once', () => {
-    const message = errorOf({ INGEST_PORT: 'x', DURABILITY: 'x', LOG_LEVEL: 'x', WINDOW: '5' })
-    for (const name of ['INGEST_PORT', 'DURABILITY', 'LOG_LEVEL']) expect(message).toContain(`${name}: `)
+    const message = errorOf({ INGEST_PORT: 'x', DURABILITY: 'x', LOG_LEVEL: 'x', WINDOW: '5', TLS_KEY_FILE: 'x' })
+    for (const name of ['INGEST_PORT', 'DURABILITY', 'LOG_LEVEL', 'TLS_CERT_FILE and TLS_KEY_FILE'])
+      expect(message).toContain(`${name}: `)
     expect(message).not.toContain('WINDOW')
   })
 

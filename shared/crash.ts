@@ -21,6 +21,9 @@ export const CRASH_POINTS = [
   'after-commit',
   'before-settle',
   'after-settle',
+  'before-archived',
+  'after-archived', // the archive is whole and has its name, nothing is removed
+  'after-purge',
 ] as const
 
 export type CrashPoint = (typeof CRASH_POINTS)[number]

@@ -57,6 +57,7 @@ const key: FieldRule = {
 }
 
 const CALL_SID = /^[A-Za-z0-9_.:@+-]{1,128}$/
+export const isCallSid = (text: string) => CALL_SID.test(text)
 const callSid: FieldRule = {
   wants: '1 to 128 characters of A-Z a-z 0-9 _ . : @ + -',
   required: true,

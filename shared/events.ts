@@ -101,10 +101,31 @@ export interface ConnectionChanged extends Common {
 
 export type CallEvent = Turn | CallStarted | CallStatusChanged | CallData | CallEnded | ConnectionChanged
 
+/** Why an event is refused, in a word: a closed set, for what is refused is counted by it. */
+export const REFUSAL_CODES = [
+  'call_sid_mismatch',
+  'forbidden',
+  'invalid_field',
+  'invalid_form',
+  'invalid_json',
+  'invalid_utf8',
+  'missing_field',
+  'not_an_object',
+  'not_stored',
+  'not_text',
+  'not_translated',
+  'unauthorized',
+  'unknown_type',
+  'unsupported_media_type',
+] as const
+
+/** The others refuse a whole body or connection, and no event. */
+export type RefusalCode = (typeof REFUSAL_CODES)[number] | 'not_an_array' | 'overloaded' | 'stopping'
+
 /** Why one event was not taken. Returned, not thrown: a flood of bad events must not pay for stack traces. */
 export class Refusal {
   constructor(
-    readonly code: string,
+    readonly code: RefusalCode,
     readonly message: string,
     /** The field at fault, absent when it is the whole event. */
     readonly path?: string | undefined,

@@ -14,13 +14,19 @@
  *     ct:{p}:ready          zset: calls with uncommitted entries that no sink works on, by when the first of them arrived (ms)
  *     ct:{p}:leased         zset: calls a sink works on, by lease deadline (ms)
  *     ct:{p}:open           zset: calls that have not ended, by when they will be presumed over (ms)
- *     ct:{p}:ended          zset: finalized calls, by when (ms)
+ *     ct:{p}:ended          zset: finalized calls, by when (ms); once past their retention, so that they are looked at again later:
+ *                           by when their claim lapses, or they are tried again, less the retention (see sink/claim.lua)
+ *     ct:{p}:kept           zset: finalized calls past their retention that stay, by when they are tried again (ms)
  *     ct:{p}:wake           channel: "these partitions have news", for sleeping sinks
  *     ct:{p}:producer:<id>  the last batch applied of one ingest process, so that a retried append is not applied twice;
  *                           with `:refused` behind it: what was refused of its batches
+ *     ct:sweep              hash, the last sweep's result: `at` (when it ended, epoch ms), `streams`, `bytes`, `orphans:<kind>`
+ *     ct:sweep:claim        a sink is sweeping
  */
 
 export const PARTITIONS_KEY = 'ct:partitions'
+export const SWEEP_KEY = 'ct:sweep'
+export const SWEEP_CLAIM_KEY = 'ct:sweep:claim'
 export const GROUP = 'sink'
 export const EVENT_FIELD = 'e'
 
@@ -30,6 +36,7 @@ export interface PartitionKeys {
   readonly leased: string
   readonly open: string
   readonly ended: string
+  readonly kept: string
   readonly wake: string
   /** Put the call_sid behind it. */
   readonly streamPrefix: string
@@ -47,6 +54,7 @@ function partitionKeys(partition: number): PartitionKeys {
     leased: `${tag}leased`,
     open: `${tag}open`,
     ended: `${tag}ended`,
+    kept: `${tag}kept`,
     wake: `${tag}wake`,
     streamPrefix: `${tag}call:`,
     sessionPrefix: `${tag}session:`,
@@ -56,6 +64,9 @@ function partitionKeys(partition: number): PartitionKeys {
 
 /** SCAN's pattern for the streams of all calls. */
 export const STREAM_PATTERN = 'ct:{*}:call:*'
+
+/** SCAN's pattern for all keys of all partitions. */
+export const PARTITION_PATTERN = 'ct:{*}:*'
 
 /** A call, and where its keys are. */
 export interface CallPlace {
@@ -76,6 +87,13 @@ export const callSidInSql = (column: string) => `(regexp_match(${column}, '${STR
 export function parseStreamKey(key: string): CallPlace | undefined {
   const [, partition, callSid] = new RegExp(STREAM_KEY, 's').exec(key) ?? []
   return callSid === undefined ? undefined : { callSid, partition: partitionKeys(Number(partition)) }
+}
+
+/** @returns what a call's key is, by its name, and of which call; undefined when it is none */
+export function parseCallKey(key: string): (CallPlace & { what: 'stream' | 'session' }) | undefined {
+  const [, partition, what, callSid] = /^ct:\{(0|[1-9]\d{0,3})\}:(call|session):(.+)$/s.exec(key) ?? []
+  if (callSid === undefined) return undefined
+  return { callSid, partition: partitionKeys(Number(partition)), what: what === 'call' ? 'stream' : 'session' }
 }
 
 /** FNV-1a over the characters (a call_sid is ASCII), then murmur3's finalizer: FNV's low bits alone are uneven. */

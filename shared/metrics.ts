@@ -1,203 +1,253 @@
-/** Every metric, by Prometheus' conventions. No label holds a call: their number would grow without bound. */
-import { Counter, collectDefaultMetrics, Gauge, Histogram, Registry } from 'prom-client'
+/**
+ * Every metric, by Prometheus' conventions: base units, counters end in _total. No label holds a call: their number would grow
+ * without bound. grafana/panels.md says how to read each.
+ *
+ * Several processes are scraped apart. Counters and histograms add up over them. So do gauges of a process (connections, queues);
+ * what a sink says of the stores (`shared` below) every sink says of all calls: take their maximum, not their sum.
+ */
+import { Counter, type CounterConfiguration, collectDefaultMetrics, Gauge, Histogram, Registry } from 'prom-client'
+import { REFUSAL_CODES } from './events.js'
 
-const SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10]
+const SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60]
 const SIZES = [1, 2, 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000]
 
-function createRegistry(): Registry {
+/** What `requests_total` and `webhooks_total` have as `status`; a provider's own answer is a 200 or a 204. */
+const REQUEST_STATUSES = ['200', '202', '400', '401', '413', '415', '503']
+const WEBHOOK_STATUSES = ['200', '204', '400', '401', '403', '415', '500', '503']
+/** Close codes of WebSockets that have a meaning here (RFC 6455; 1013 is "try again later", 4008 calltape's own). */
+const CLOSE_CODES = ['1000', '1001', '1005', '1006', '1008', '1009', '1011', '1013', '4008']
+const SPOOL_FAILURES = ['full', 'disk', 'owner']
+/** `redis`, and each Verdict on a batch. */
+const RETRY_CLASSES = ['redis', 'retry', 'stop', 'unclear', 'quarantine']
+/** What is counted by name of the outcomes of calls: calltape's own, for a bot may say whatever it likes. */
+export const OUTCOMES = ['no_answer', 'error', 'disconnected', 'none', 'other'] as const
+export type Outcome = (typeof OUTCOMES)[number]
+const OTHER = 'other'
+
+/** The code of a closed connection as `connections_closed_total` has it: whatever a client says must not make a label. */
+export function closeCodeLabel(code: number): string {
+  return CLOSE_CODES.includes(String(code)) ? String(code) : OTHER
+}
+
+/** From the first scrape on there is a rate: a counter that appears with its first event hides that one from `rate` and `increase`. */
+function fromZero<L extends string>(counter: Counter<L>, label: L, values: readonly string[]): Counter<L> {
+  for (const value of values) counter.inc({ [label]: value } as Record<L, string>, 0)
+  return counter
+}
+
+/** A gauge that says nothing until it is set: what nobody knows is not 0. */
+export function unset<G extends Gauge>(gauge: G): G {
+  gauge.remove()
+  return gauge
+}
+
+/** What makes metrics of one process: their names begin with `prefix`. */
+function metricsOf(prefix: string) {
   const registry = new Registry()
+  const registers = [registry]
   collectDefaultMetrics({ register: registry })
-  return registry
+  const named = (name: string, help: string) => ({ name: `${prefix}_${name}`, help, registers })
+  return {
+    registry,
+    counter: <L extends string = never>(name: string, help: string, ...labelNames: L[]) =>
+      new Counter<L>({ ...named(name, help), labelNames } as CounterConfiguration<L>),
+    gauge: <L extends string = never>(name: string, help: string, ...labelNames: L[]) =>
+      new Gauge<L>({ ...named(name, help), labelNames }),
+    seconds: (name: string, help: string) => new Histogram({ ...named(name, help), buckets: SECONDS }),
+    sizes: (name: string, help: string) => new Histogram({ ...named(name, help), buckets: SIZES }),
+  }
 }
 
 export type IngestMetrics = ReturnType<typeof createIngestMetrics>
 
 export function createIngestMetrics() {
-  const registry = createRegistry()
-  const registers = [registry]
+  const { registry, counter, gauge, seconds, sizes } = metricsOf('calltape_ingest')
   return {
     registry,
-    accepted: new Counter({
-      name: 'calltape_ingest_events_accepted_total',
-      help: 'Events that Redis has stored',
-      registers,
-    }),
-    refused: new Counter({
-      name: 'calltape_ingest_events_refused_total',
-      help: 'Events refused by name',
-      labelNames: ['code'],
-      registers,
-    }),
-    webhooks: new Counter({
-      name: 'calltape_ingest_webhooks_total',
-      help: "Providers' webhooks, by what they were answered",
-      labelNames: ['provider', 'status'],
-      registers,
-    }),
-    ignored: new Counter({
-      name: 'calltape_ingest_ignored_messages_total',
-      help: 'Messages of providers that say nothing to keep: audio, partial transcripts',
-      labelNames: ['provider'],
-      registers,
-    }),
-    undelivered: new Counter({
-      name: 'calltape_ingest_undelivered_events_total',
-      help: "Events of providers' WebSockets that neither Redis nor the spool took in time: nobody sends them again",
-      registers,
-    }),
-    connections: new Gauge({ name: 'calltape_ingest_connections', help: 'Open WebSocket connections', registers }),
-    queuedEvents: new Gauge({ name: 'calltape_ingest_queued_events', help: 'Events that wait for Redis', registers }),
-    queuedBytes: new Gauge({
-      name: 'calltape_ingest_queued_bytes',
-      help: 'Bytes of events that wait for Redis',
-      registers,
-    }),
-    flushEvents: new Histogram({
-      name: 'calltape_ingest_flush_events',
-      help: 'Events in one append',
-      buckets: SIZES,
-      registers,
-    }),
-    flushSeconds: new Histogram({
-      name: 'calltape_ingest_flush_seconds',
-      help: 'Time from sending an append to its reply',
-      buckets: SECONDS,
-      registers,
-    }),
-    flushFailures: new Counter({
-      name: 'calltape_ingest_flush_failures_total',
-      help: 'Appends that failed and were sent again',
-      registers,
-    }),
-    spoolBytes: new Gauge({ name: 'calltape_ingest_spool_bytes', help: 'Bytes in the spool', registers }),
-    spoolEvents: new Gauge({
-      name: 'calltape_ingest_spool_events',
-      help: 'Events in the spool; those that an earlier process left count once they are read',
-      registers,
-    }),
-    spooled: new Counter({
-      name: 'calltape_ingest_spooled_events_total',
-      help: 'Events that went to the disk because Redis did not take them',
-      registers,
-    }),
-    spoolReplayed: new Counter({
-      name: 'calltape_ingest_spool_replayed_events_total',
-      help: 'Events of the spool that Redis has stored',
-      registers,
-    }),
-    spoolDamaged: new Counter({
-      name: 'calltape_ingest_spool_damaged_records_total',
-      help: 'Records of the spool that were changed on the disk, and are lost',
-      registers,
-    }),
-    spoolFailures: new Counter({
-      name: 'calltape_ingest_spool_failures_total',
-      help: 'What the spool could not do: it was full, the disk failed, or another process took it over',
-      labelNames: ['reason'],
-      registers,
-    }),
+    accepted: counter('events_accepted_total', 'Events that Redis has stored'),
+    acked: counter('events_acked_total', 'Events of which their producer was told that they are stored'),
+    refused: fromZero(counter('events_refused_total', 'Events refused by name', 'code'), 'code', REFUSAL_CODES),
+    requests: fromZero(
+      counter('requests_total', 'POST /v1/events, by what it was answered', 'status'),
+      'status',
+      REQUEST_STATUSES,
+    ),
+    webhooks: counter('webhooks_total', "Providers' webhooks, by what they were answered", 'provider', 'status'),
+    ignored: counter(
+      'ignored_messages_total',
+      'Messages of providers that say nothing to keep: audio, partial transcripts',
+      'provider',
+    ),
+    undelivered: counter(
+      'undelivered_events_total',
+      "Events of providers' WebSockets that neither Redis nor the spool took in time: nobody sends them again",
+    ),
+    connections: gauge('connections', 'Open WebSocket connections'),
+    closed: fromZero(
+      counter('connections_closed_total', 'WebSocket connections that were closed, by close code', 'code'),
+      'code',
+      [...CLOSE_CODES, OTHER],
+    ),
+    queuedEvents: gauge('queued_events', 'Events that wait for Redis, those in flight included'),
+    queuedBytes: gauge('queued_bytes', 'Bytes of events that wait for Redis'),
+    queueMaxBytes: gauge('queue_max_bytes', 'MAX_QUEUE_BYTES: beyond that, events are refused'),
+    inFlight: gauge('flushes_in_flight', 'Appends sent to Redis and not answered yet'),
+    flushEvents: sizes('flush_events', 'Events in one append'),
+    flushSeconds: seconds('flush_seconds', 'Time from sending an append to its reply'),
+    flushFailures: counter('flush_failures_total', 'Appends that failed and were sent again'),
+    redisUp: gauge('redis_up', '1 while there is a connection to Redis, else 0'),
+    spoolBytes: gauge('spool_bytes', 'Bytes in the spool'),
+    spoolMaxBytes: gauge('spool_max_bytes', 'SPOOL_MAX_BYTES; 0 without a spool'),
+    spoolEvents: gauge(
+      'spool_events',
+      'Events in the spool; those that an earlier process left count once they are read',
+    ),
+    spooled: counter('spooled_events_total', 'Events that went to the disk because Redis did not take them'),
+    spoolReplayed: counter('spool_replayed_events_total', 'Events of the spool that Redis has stored'),
+    spoolDamaged: counter(
+      'spool_damaged_records_total',
+      'Records of the spool that were changed on the disk, and are lost',
+    ),
+    spoolFailures: fromZero(
+      counter(
+        'spool_failures_total',
+        'What the spool could not do: it was full, the disk failed, or another process took it over',
+        'reason',
+      ),
+      'reason',
+      SPOOL_FAILURES,
+    ),
+  }
+}
+
+/** @param providers the names of those whose webhooks and WebSockets are served */
+export function countProvidersFromZero({ webhooks, ignored }: IngestMetrics, providers: string[]): void {
+  for (const provider of providers) {
+    ignored.inc({ provider }, 0)
+    for (const status of WEBHOOK_STATUSES) webhooks.inc({ provider, status }, 0)
   }
 }
 
 export type SinkMetrics = ReturnType<typeof createSinkMetrics>
 
 export function createSinkMetrics() {
-  const registry = createRegistry()
-  const registers = [registry]
+  const { registry, counter, gauge, seconds, sizes } = metricsOf('calltape_sink')
   return {
     registry,
-    turns: new Counter({ name: 'calltape_sink_turns_total', help: 'Turns committed to PostgreSQL', registers }),
-    events: new Counter({
-      name: 'calltape_sink_events_total',
-      help: 'Other call events committed to PostgreSQL',
-      registers,
-    }),
-    duplicates: new Counter({
-      name: 'calltape_sink_duplicate_turns_total',
-      help: 'Turns read that PostgreSQL had already',
-      registers,
-    }),
-    quarantined: new Counter({
-      name: 'calltape_sink_quarantined_total',
-      help: 'Entries put into quarantined_events',
-      registers,
-    }),
-    finalized: new Counter({
-      name: 'calltape_sink_calls_finalized_total',
-      help: 'Calls finalized, refinalizing included',
-      registers,
-    }),
-    staged: new Counter({
-      name: 'calltape_sink_staged_batches_total',
-      help: 'Batches that went through staging, because of a duplicate or a redelivery',
-      registers,
-    }),
-    retries: new Counter({
-      name: 'calltape_sink_retries_total',
-      help: 'Batches that failed and are tried again: redis (it failed), retry (PostgreSQL is away), stop (an operator has to mend something), unclear',
-      labelNames: ['class'],
-      registers,
-    }),
-    lostEntries: new Counter({
-      name: 'calltape_sink_lost_entries_total',
-      help: 'Entries that were removed from their streams before they were committed',
-      registers,
-    }),
-    lostStreams: new Counter({
-      name: 'calltape_sink_lost_streams_total',
-      help: 'Streams that were removed although entries in them were not committed',
-      registers,
-    }),
-    strays: new Counter({
-      name: 'calltape_sink_strays_total',
-      help: 'Live calls that Redis had forgotten, and that were ended',
-      registers,
-    }),
-    legacyRows: new Counter({
-      name: 'calltape_sink_legacy_rows_total',
-      help: 'Rows of LEGACY_CALL_SESSIONS filled',
-      registers,
-    }),
-    legacyFailures: new Counter({
-      name: 'calltape_sink_legacy_failures_total',
-      help: 'Calls whose row in LEGACY_CALL_SESSIONS refuses what it is to be filled with',
-      registers,
-    }),
-    legacyHeld: new Gauge({
-      name: 'calltape_sink_legacy_held_calls',
-      help: 'Calls in legacy_held, whose row in LEGACY_CALL_SESSIONS was locked or too slow; every sink reports all of them',
-      registers,
-    }),
-    reclaimed: new Counter({ name: 'calltape_sink_reclaimed_total', help: 'Lapsed leases taken over', registers }),
-    reaped: new Counter({ name: 'calltape_sink_reaped_total', help: 'Calls presumed over', registers }),
-    batchRows: new Histogram({
-      name: 'calltape_sink_batch_rows',
-      help: 'Rows in one transaction',
-      buckets: SIZES,
-      registers,
-    }),
-    writeSeconds: new Histogram({
-      name: 'calltape_sink_write_seconds',
-      help: 'Time of one transaction',
-      buckets: SECONDS,
-      registers,
-    }),
-    latencySeconds: new Histogram({
-      name: 'calltape_sink_event_to_committed_seconds',
-      help: 'Time from the arrival of the oldest entry of a batch in Redis to its COMMIT',
-      buckets: SECONDS,
-      registers,
-    }),
-    lagSeconds: new Gauge({
-      name: 'calltape_sink_lag_seconds',
-      help: 'Age of the oldest event in Redis that is not in PostgreSQL',
-      registers,
-    }),
-    readyCalls: new Gauge({
-      name: 'calltape_sink_ready_calls',
-      help: 'Calls with entries that no sink works on',
-      registers,
-    }),
-    openCalls: new Gauge({ name: 'calltape_sink_open_calls', help: 'Calls that have not ended', registers }),
+    turns: counter('turns_total', 'Turns committed to PostgreSQL'),
+    events: counter('events_total', 'Other call events committed to PostgreSQL'),
+    duplicates: counter('duplicate_turns_total', 'Turns read that PostgreSQL had already'),
+    redelivered: counter('redelivered_entries_total', 'Entries read of calls of which a delivery had come to nothing'),
+    quarantined: counter('quarantined_total', 'Entries put into quarantined_events'),
+    staged: counter(
+      'staged_batches_total',
+      'Batches that went through staging, because of a duplicate or a redelivery',
+    ),
+    retries: fromZero(
+      counter(
+        'retries_total',
+        'Batches that failed and are tried again: redis (it failed), retry (PostgreSQL is away), stop (an operator has to mend something), unclear, quarantine (not even that takes it)',
+        'class',
+      ),
+      'class',
+      RETRY_CLASSES,
+    ),
+    lostEntries: counter(
+      'lost_entries_total',
+      'Entries that were removed from their streams before they were committed',
+    ),
+    lostStreams: counter('lost_streams_total', 'Streams that were removed although entries in them were not committed'),
+    strays: counter('strays_total', 'Live calls that Redis had forgotten, and that were ended'),
+    reclaimed: counter('reclaimed_total', 'Lapsed leases taken over'),
+    reaped: counter('reaped_total', 'Calls presumed over'),
+
+    finalized: fromZero(
+      counter(
+        'calls_finalized_total',
+        'Calls finalized for the first time, by outcome: no_answer, error, disconnected, none (nobody has said), other (what the bot said)',
+        'outcome',
+      ),
+      'outcome',
+      OUTCOMES,
+    ),
+    refinalized: counter('calls_refinalized_total', 'Final calls whose row was computed again: something came late'),
+    incomplete: counter('calls_incomplete_total', 'Calls finalized of which a turn is proved to be missing'),
+    abandoned: counter('calls_abandoned_total', 'Calls finalized because they were presumed over: nobody ended them'),
+
+    leaseSeconds: seconds('lease_seconds', 'Time to lease one batch of calls'),
+    readSeconds: seconds('read_seconds', 'Time to read and decode one batch'),
+    copySeconds: seconds('copy_seconds', 'Time to COPY the turns of one batch'),
+    finalizeSeconds: seconds('finalize_seconds', 'Time to fold the call_sessions rows of one batch'),
+    writeSeconds: seconds('write_seconds', 'Time of one transaction, COPY and finalizing included'),
+    settleSeconds: seconds('settle_seconds', 'Time to settle one batch'),
+    batchRows: sizes('batch_rows', 'Rows in one transaction'),
+    batchCalls: sizes('batch_calls', 'Calls in one transaction'),
+    latencySeconds: seconds(
+      'event_to_committed_seconds',
+      'Time from the arrival of an event in Redis to its COMMIT; of each call in a batch, that of its oldest event',
+    ),
+    lastCommit: gauge(
+      'last_commit_timestamp_seconds',
+      'When this sink last committed a batch, epoch seconds; 0: never',
+    ),
+    batchesInHand: gauge('batches_in_hand', 'Batches that are being worked on'),
+    gateOpen: gauge('gate_open', '1 while this sink leases calls; 0 while it waits for PostgreSQL'),
+    redisUp: gauge('redis_up', '1 while there is a connection to Redis, else 0'),
+    postgresConnections: gauge(
+      'postgres_connections',
+      'Connections to PostgreSQL: busy, idle; and waiting: work that waits for one',
+      'state',
+    ),
+    legacyRows: counter('legacy_rows_total', 'Rows of LEGACY_CALL_SESSIONS filled'),
+    legacyFailures: counter(
+      'legacy_failures_total',
+      'Calls whose row in LEGACY_CALL_SESSIONS refuses what it is to be filled with',
+    ),
+    purged: counter('purged_calls_total', 'Final calls removed from Redis after STREAM_RETENTION'),
+    archived: counter('archived_entries_total', 'Entries written to ARCHIVE_DIR before they were removed from Redis'),
+    purgeFailures: counter('purge_failures_total', 'Rounds of removing or archiving that failed, and are tried again'),
+
+    /** What every sink says of all calls. While Redis cannot be asked, those have no value that come from there at each scrape. */
+    shared: {
+      lagSeconds: unset(gauge('lag_seconds', 'Age of the oldest event in Redis that is not in PostgreSQL')),
+      worstPartition: gauge(
+        'worst_partition_lag_seconds',
+        'The same, with the partition that it is in; only that one',
+        'partition',
+      ),
+      laggingPartitions: unset(
+        gauge('lagging_partitions', 'Partitions with an event that has been waiting for over a second'),
+      ),
+      entriesBehind: unset(
+        gauge(
+          'entries_behind',
+          'Entries in Redis that are not in PostgreSQL; where a partition has very many such calls, estimated from some',
+        ),
+      ),
+      readyCalls: unset(gauge('ready_calls', 'Calls with entries that no sink works on')),
+      leasedCalls: unset(gauge('leased_calls', 'Calls that sinks work on')),
+      openCalls: unset(gauge('open_calls', 'Calls that have not ended')),
+      endedCalls: unset(gauge('ended_calls', 'Final calls that are still in Redis')),
+      keptCalls: gauge(
+        'kept_calls',
+        'Final calls past STREAM_RETENTION that stay in Redis because something in them is not in PostgreSQL',
+      ),
+      legacyHeld: gauge(
+        'legacy_held_calls',
+        'Calls in legacy_held, whose row in LEGACY_CALL_SESSIONS was locked or too slow',
+      ),
+      redisMemory: unset(gauge('redis_memory_bytes', 'Memory that Redis uses, all masters together')),
+      redisMaxMemory: unset(
+        gauge('redis_max_memory_bytes', 'What Redis may use: maxmemory of all masters; 0: no limit'),
+      ),
+      streams: gauge('streams', "Calls' streams in Redis, at the last sweep"),
+      streamBytes: gauge('stream_bytes', "Memory of calls' streams and sessions in Redis, at the last sweep"),
+      orphans: gauge(
+        'orphan_streams',
+        'Keys that look like calls and that nobody works on, at the last sweep, by kind; see calltape orphans',
+        'kind',
+      ),
+      sweptAt: gauge('last_sweep_timestamp_seconds', 'When the last sweep ended, epoch seconds; 0: never'),
+    },
   }
 }

@@ -60,7 +60,7 @@ export async function connectRedis(url: string, log: Logger, minVersion = MIN_VE
   let lastError = ''
   client.on('error', (error: Error) => {
     const reason = reasonOf(error)
-    if (reason !== lastError) log.warn({ err: reason }, 'redis connection')
+    if (reason !== lastError) log.warn({ err: error }, 'redis connection')
     lastError = reason
   })
   client.on('ready', () => {

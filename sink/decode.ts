@@ -58,6 +58,10 @@ export interface CallRow {
   lastMs: number | null
   /** For the metrics: whether the call has ended is for the fold to say. */
   finalize: boolean
+  /** For the metrics: nobody but calltape says that it is over. */
+  presumed?: true
+  /** It is not the call's first batch: others may be writing the call's row, too. */
+  begun?: true
 }
 
 /** What one transaction stores. */
@@ -73,6 +77,10 @@ export interface Batch<Rows extends TurnRows = TurnRows> {
   oldestMs: number
   /** Ids in quarantined_events of entries that are stored with it: they leave the quarantine in the same transaction. */
   release?: string[]
+  /** What came after it may be in PostgreSQL already: where a row there has the key of one in the batch, the earlier one stays. */
+  belated?: true
+  /** Asked right before COMMIT; if it rejects, nothing of the batch is stored. */
+  confirm?: () => Promise<void>
 }
 
 export function emptyBatch<Rows extends TurnRows>(turns: Rows): Batch<Rows> {
@@ -109,7 +117,10 @@ export function decodeCall(lease: Lease, entries: Entry[], batch: Batch): void {
   if (firstMs === Infinity) firstMs = entryMs(entries[0]![0])
   const moved = lease.cursor === '0-0' || grain(entryMs(lease.cursor)) !== grain(entryMs(last))
   if (finalize || moved || lease.presumed || batch.events.length > eventsBefore) {
-    batch.calls.push({ callSid: lease.callSid, firstMs, lastMs, finalize })
+    const row: CallRow = { callSid: lease.callSid, firstMs, lastMs, finalize }
+    if (presumed && !ended) row.presumed = true
+    if (lease.cursor !== '0-0') row.begun = true
+    batch.calls.push(row)
   }
   if (lease.lapses > 0) batch.redelivered = true
   batch.oldestMs = Math.min(batch.oldestMs, entryMs(entries[0]![0]))
@@ -191,6 +202,9 @@ function cleanStrings(value: unknown): unknown {
 }
 
 const grain = (ms: number) => Math.floor(ms / LAST_EVENT_GRAIN_MS)
+
+/** As PostgreSQL reads it. @param ms epoch ms, not beyond LATEST_MS */
+export const iso = (ms: number) => new Date(ms).toISOString()
 
 /** When an entry arrived in Redis, epoch ms: the first part of its id. (A foreign writer's may be beyond all calendars.) */
 export function entryMs(id: string): number {

@@ -1,6 +1,8 @@
 -- fold: writes the call_sessions rows of the calls in a batch, each recomputed from all that PostgreSQL has of the call.
 -- Run twice, or after events in another order, it gives the same row; a late event just runs it again.
 --
+-- Gives a row for each call whose own row is new or changed: `final` (its call_sid; null while it is live), `outcome`, `incomplete`.
+--
 -- $1 text[]        call_sids, sorted (two sinks that meet on the same calls then wait for each other instead of deadlocking)
 -- $2 timestamptz[] each call's earliest event in this batch   $3 timestamptz[] its latest
 WITH batch AS (
@@ -151,3 +153,6 @@ WHERE (
   excluded.full_transcript, excluded.turn_count, excluded.expected_turns, excluded.complete, excluded.end_reason,
   excluded.meta, greatest(s.last_event_at, excluded.last_event_at), excluded.finalized_at IS NULL
 )
+-- For the metrics: which calls are final now, what became of them, and whether a turn is known to be missing.
+RETURNING CASE WHEN s.finalized_at IS NOT NULL THEN s.call_sid END AS final, s.complete IS FALSE AS incomplete,
+  CASE WHEN s.outcome IS NULL THEN 'none' WHEN s.outcome IN ('no_answer', 'error', 'disconnected') THEN s.outcome ELSE 'other' END AS outcome

@@ -5,7 +5,7 @@
  */
 import { setTimeout as sleep } from 'node:timers/promises'
 import { backoffMs } from '../shared/backoff.js'
-import { type Logger, reasonOf } from '../shared/log.js'
+import { type Logger, withoutData } from '../shared/log.js'
 import type { Pool } from '../shared/postgres.js'
 
 const FIRST_PAUSE_MS = 50
@@ -27,6 +27,10 @@ export class Gate {
     private readonly signal: AbortSignal,
   ) {}
 
+  get isOpen(): boolean {
+    return this.opening === undefined
+  }
+
   /** Resolves when it is open. */
   async pass(): Promise<void> {
     while (this.opening) await this.opening
@@ -36,10 +40,7 @@ export class Gate {
   close(error: Error, hint: string | undefined): void {
     this.reason = describe(error, hint)
     if (this.opening || this.signal.aborted) return
-    this.log[hint ? 'error' : 'warn'](
-      { err: reasonOf(error), hint },
-      'PostgreSQL cannot store: nothing is leased until it can',
-    )
+    this.log[hint ? 'error' : 'warn']({ err: error, hint }, 'PostgreSQL cannot store: nothing is leased until it can')
     this.opening = this.reopen().finally(() => {
       this.opening = undefined
     })
@@ -69,13 +70,14 @@ export class Gate {
         this.log.info({ seconds: (Date.now() - since) / 1000 }, 'PostgreSQL answers again')
         return
       } catch (error) {
-        this.reason = reasonOf(error as Error)
+        this.reason = withoutData(error as Error)
       }
     }
   }
 }
 
-const describe = (error: Error, hint: string | undefined) => (hint ? `${hint} (${reasonOf(error)})` : reasonOf(error))
+const describe = (error: Error, hint: string | undefined) =>
+  hint ? `${hint} (${withoutData(error)})` : withoutData(error)
 
 const ANSWER_TIMEOUT_MS = 2000
 

@@ -5,8 +5,9 @@ import { reasonOf } from '../shared/log.js'
 import type { SinkMetrics } from '../shared/metrics.js'
 import type { Pool } from '../shared/postgres.js'
 import type { RedisClient } from '../shared/redis.js'
+import type { Backlog } from './backlog.js'
 import { askWritable, type Gate } from './gate.js'
-import type { Leases } from './lease.js'
+import { observe } from './observe.js'
 import type { Progress } from './progress.js'
 
 const UNREADY_AFTER_MS = 5000
@@ -14,7 +15,7 @@ const UNREADY_AFTER_MS = 5000
 interface Parts {
   redis: RedisClient
   pool: Pool
-  leases: Leases
+  backlog: Backlog
   gate: Gate
   progress: Progress
   metrics: SinkMetrics
@@ -45,19 +46,11 @@ export function serveHealth(config: Config, parts: Parts, stopped: AbortSignal):
   })
 }
 
-async function observe({ leases, metrics }: Parts): Promise<string> {
-  const { readyCalls, openCalls, lagMs } = await leases.backlog()
-  metrics.readyCalls.set(readyCalls)
-  metrics.openCalls.set(openCalls)
-  metrics.lagSeconds.set(lagMs / 1000)
-  return metrics.registry.metrics()
-}
-
 /** @throws what keeps the sink from its job */
-async function beReady({ redis, pool, leases, gate, progress }: Parts, stopped: AbortSignal): Promise<string> {
+async function beReady({ redis, pool, backlog, gate, progress }: Parts, stopped: AbortSignal): Promise<string> {
   if (stopped.aborted) throw new Error('stopping')
   if (redis.status !== 'ready') throw new Error(`Redis: ${redis.status}`)
-  if (gate.reason && (await leases.backlog()).lagMs === 0) gate.idle()
+  if (gate.reason && (await backlog.read()).lagMs === 0) gate.idle()
   if (gate.reason) throw new Error(`PostgreSQL: ${gate.reason}`)
   const stalled = progress.stalled(UNREADY_AFTER_MS)
   if (stalled) throw new Error(stalled)

@@ -20,7 +20,7 @@ export class Hold {
   private prolong(): void {
     this.prolonging = this.prolonging
       .then(() => this.leases.prolong(this.held))
-      .catch((error: Error) => this.log.warn({ err: error.message }, 'leases could not be prolonged'))
+      .catch((error: Error) => this.log.warn({ err: error }, 'leases could not be prolonged'))
   }
 
   /** See `Leases.isolate`. */
@@ -41,7 +41,7 @@ export class Hold {
     const settlements = [...this.held].map(givenBack)
     if (settlements.length === 0) return
     await this.settle(settlements).catch((error: Error) => {
-      this.log.warn({ err: error.message }, 'leases could not be given back; they will lapse')
+      this.log.warn({ err: error }, 'leases could not be given back; they will lapse')
     })
   }
 }

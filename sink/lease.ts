@@ -75,13 +75,6 @@ export interface LeaseLimits {
   suspectLapses: number
 }
 
-export interface Backlog {
-  readyCalls: number
-  openCalls: number
-  /** Age of the oldest event in Redis that is not in PostgreSQL, ms: exact for ready calls, since its lease for leased ones. */
-  lagMs: number
-}
-
 export class Leases {
   private readonly lanes: Lane[]
   private readonly laneOf = new Map<PartitionKeys, Lane>()
@@ -203,13 +196,20 @@ export class Leases {
     )
   }
 
-  /** @returns the calls that were presumed over and got their `call.ended` */
-  async reap(most: number): Promise<string[]> {
+  /**
+   * @param among only these; else whichever are due
+   * @returns the calls that were presumed over and got their `call.ended`
+   */
+  async reap(most: number, among?: CallPlace[]): Promise<string[]> {
     return this.onEachLane(
       reapScript,
       most,
       (p) => [p.ready, p.leased, p.open],
       (p) => [p.streamPrefix, p.sessionPrefix],
+      ({ partitions }) => {
+        const its = among?.filter(({ partition }) => partitions.includes(partition))
+        return its ? ['among', ...its.map(({ callSid }) => callSid)] : []
+      },
     )
   }
 
@@ -226,35 +226,16 @@ export class Leases {
     most: number,
     keysOf: (p: PartitionKeys) => string[],
     argsOf: (p: PartitionKeys) => string[],
+    moreArgs: (lane: Lane) => string[] = () => [],
   ): Promise<string[]> {
     const results = await Promise.allSettled(
-      this.lanes.map(({ wake, partitions }) =>
-        script.run(this.client, [wake, ...partitions.flatMap(keysOf)], [most, ...partitions.flatMap(argsOf)]),
-      ),
-    )
-    return someOf(results as PromiseSettledResult<string[]>[]).flat()
-  }
-
-  /** Reads no more than a score and a count of each partition, however many calls there are. */
-  async backlog(): Promise<Backlog> {
-    const now = Date.now()
-    const parts = await Promise.all(
-      this.partitions.all.map(async (p) => {
-        const [ready, leased, readyCalls, openCalls] = await Promise.all([
-          this.client.zrange(p.ready, '0', '0', 'WITHSCORES'),
-          this.client.zrange(p.leased, '0', '0', 'WITHSCORES'),
-          this.client.zcard(p.ready),
-          this.client.zcard(p.open),
-        ])
-        const oldest = Math.min(Number(ready[1] ?? now), Number(leased[1] ?? now + this.leaseMs) - this.leaseMs)
-        return { readyCalls, openCalls, lagMs: now - oldest }
+      this.lanes.map((lane) => {
+        const { wake, partitions } = lane
+        const args = [most, ...partitions.flatMap(argsOf), ...moreArgs(lane)]
+        return script.run(this.client, [wake, ...partitions.flatMap(keysOf)], args)
       }),
     )
-    return {
-      readyCalls: parts.reduce((sum, p) => sum + p.readyCalls, 0),
-      openCalls: parts.reduce((sum, p) => sum + p.openCalls, 0),
-      lagMs: Math.max(0, ...parts.map((p) => p.lagMs)),
-    }
+    return someOf(results as PromiseSettledResult<string[]>[]).flat()
   }
 
   private byLane(partitions: PartitionKeys[]): Map<Lane, PartitionKeys[]> {
@@ -265,7 +246,7 @@ export class Leases {
 }
 
 /** @throws the first reason when there is nothing else */
-function someOf<T>(results: PromiseSettledResult<T>[]): T[] {
+export function someOf<T>(results: PromiseSettledResult<T>[]): T[] {
   const values = results.flatMap((result) => (result.status === 'fulfilled' ? [result.value] : []))
   const [failed] = results.filter((result) => result.status === 'rejected')
   if (failed && values.length === 0) throw failed.reason

@@ -1,4 +1,5 @@
 /** For readiness: does work get done, and if not, since when and why. */
+import { withoutData } from '../shared/log.js'
 
 interface Trouble {
   /** Epoch ms. */
@@ -27,7 +28,7 @@ export class Progress {
 
   failed(part: 'Redis' | 'batch', error: Error): void {
     const since = this.troubles.get(part)?.since ?? Date.now()
-    this.troubles.set(part, { since, reason: error.message })
+    this.troubles.set(part, { since, reason: withoutData(error) })
   }
 
   succeeded(part: 'Redis' | 'batch'): void {

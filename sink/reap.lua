@@ -6,17 +6,25 @@
 --       then for each partition: ready, leased, open
 -- ARGV  [1] most calls to reap
 --       then for each partition: stream key prefix, session key prefix
+--       then, if not all that are due may be reaped: `among`, the call_sids of those that may
 -- Reply {call_sid …} reaped
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local left = tonumber(ARGV[1])
 -- The same as END_STATUSES in shared/events.ts.
 local END_STATUS = { completed = true, busy = true, failed = true, ['no-answer'] = true, canceled = true }
+local partitions = (#KEYS - 1) / 3
 local reaped, woken = {}, {}
 
-for p = 1, (#KEYS - 1) / 3 do
+local among = ARGV[2 * partitions + 2] and {} -- a set
+for a = 2 * partitions + 3, #ARGV do among[ARGV[a]] = true end
+
+for p = 1, partitions do
   local ready, leased, open = KEYS[3 * p - 1], KEYS[3 * p], KEYS[3 * p + 1]
-  local sids = redis.call('ZRANGE', open, '-inf', '(' .. now, 'BYSCORE', 'LIMIT', 0, left)
+  local due, sids = redis.call('ZRANGE', open, '-inf', '(' .. now, 'BYSCORE', 'LIMIT', 0, left), {}
+  for _, sid in ipairs(due) do
+    if not among or among[sid] then sids[#sids + 1] = sid end
+  end
   for _, sid in ipairs(sids) do
     local session_key = ARGV[2 * p + 1] .. sid
     local session = redis.pcall('HMGET', session_key, 'connection', 'status')
@@ -40,7 +48,7 @@ for p = 1, (#KEYS - 1) / 3 do
     end
   end
   if #sids > 0 then woken[#woken + 1] = string.match(ready, '{(%d+)}') end
-  left = left - #sids
+  left = left - #due
   if left <= 0 then break end
 end
 if #woken > 0 then redis.call('SPUBLISH', KEYS[1], table.concat(woken, ',')) end

@@ -1,17 +1,23 @@
 /** The sink process: workers, what has to be done now and then (reclaim, reap), and what it tells of itself over HTTP. */
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { Config } from '../shared/config.js'
+import type { CallPlace, Partitions } from '../shared/keys.js'
 import type { Logger } from '../shared/log.js'
 import { createSinkMetrics, type SinkMetrics } from '../shared/metrics.js'
 import { createPool, type Pool } from '../shared/postgres.js'
 import { askAtStart, connectRedis, openPartitions, type RedisClient, warnOfLoss } from '../shared/redis.js'
 import { requireReachable, requireSchema } from '../shared/schema.js'
+import { requireArchiveDir } from './archive-file.js'
+import { Backlog } from './backlog.js'
 import { askWritable, Gate } from './gate.js'
 import { serveHealth } from './health.js'
+import { closeFinal } from './late.js'
 import { Leases } from './lease.js'
 import { Legacy } from './legacy.js'
 import { Progress } from './progress.js'
+import { Retention, retentionSettings } from './retention.js'
 import { endStrays } from './strays.js'
+import { Sweep } from './sweep.js'
 import { Wake } from './wake.js'
 import { Worker, type WorkerContext } from './worker.js'
 import { writeSettings } from './write.js'
@@ -26,9 +32,16 @@ export interface Sink {
 /** How often lapsed leases and calls that are presumed over are looked for, and what pub/sub lost is made up for. */
 const TEND_MS = 1000
 const TEND_MOST_CALLS = 500
+/** Each of a page's scripts keeps Redis from others for a millisecond or two. */
+const REAP_PAGE = 50
 const LEASE_MOST_CALLS = 500
 /** How often PostgreSQL is searched for live calls that Redis has forgotten. */
 const STRAYS_MS = 60_000
+/** How often calls past their retention are looked for; with archives, so that each is not for a single call. */
+const RETENTION_MS = 1000
+const ARCHIVE_MS = 60_000
+/** How often it is seen whether a sweep is due, at most. A sink that has just started has better things to do. */
+const SWEEP_LOOK_MS = 10_000
 /** One delivery that came to nothing may be anybody's fault: a sink that was killed, a network that was cut. */
 const SUSPECT_LAPSES = 2
 /** For the batches in hand, when the sink is to stop. */
@@ -39,7 +52,7 @@ const LOCKED_MS = 2000
 
 /** @throws OperatorError when Redis or PostgreSQL cannot be used, or the schema does not fit */
 export async function startSink(config: Config, log: Logger): Promise<Sink> {
-  const onError = (error: Error) => log.warn({ err: error.message }, 'postgres connection')
+  const onError = (error: Error) => log.warn({ err: error }, 'postgres connection')
   const leaseMs = config.LEASE_SECONDS * 1000
   const writeTimeoutMs = config.DATABASE_TIMEOUT * 1000
   // A connection for each worker, one to ask whether PostgreSQL is there, and one for legacy rows that were locked.
@@ -66,11 +79,13 @@ export async function startSink(config: Config, log: Logger): Promise<Sink> {
     const subscriber = await connect()
     await requireReachable(pool, config)
     await requireSchema(pool, config)
+    if (config.ARCHIVE_DIR !== undefined) await requireArchiveDir(config.ARCHIVE_DIR)
     const partitions = await askAtStart(config.REDIS_URL, async () => {
       await warnOfLoss(redis, log)
       return openPartitions(redis, config.PARTITIONS)
     })
     const leases = new Leases(redis, partitions, leaseMs)
+    const backlog = new Backlog(redis, partitions)
     const wake = new Wake(config.PARTITIONS)
     await askAtStart(config.REDIS_URL, () => listen(subscriber, leases.wakeChannels, wake))
 
@@ -79,7 +94,7 @@ export async function startSink(config: Config, log: Logger): Promise<Sink> {
     const progress = new Progress()
     const stopped = new AbortController()
     const gate = new Gate(() => askWritable(pool), log, stopped.signal)
-    const server = await serveHealth(config, { redis, pool, leases, gate, progress, metrics }, stopped.signal)
+    const server = await serveHealth(config, { redis, pool, backlog, gate, progress, metrics }, stopped.signal)
 
     const maxDeliveries = config.MAX_DELIVERIES
     const limits = {
@@ -95,7 +110,8 @@ export async function startSink(config: Config, log: Logger): Promise<Sink> {
     }
     const workers = Array.from({ length: config.SINK_WORKERS }, () => new Worker(context))
     const running = workers.map((worker) => worker.run())
-    tend(context, config, stopped.signal)
+    tend(context, partitions, config, stopped.signal)
+    cleanUp(context, partitions, config, stopped.signal)
     const { port } = server.address() as { port: number }
     const url = `http://${config.SINK_METRICS_HOST}:${port}`
     log.info({ url, workers: workers.length, partitions: config.PARTITIONS }, 'sink runs')
@@ -135,20 +151,47 @@ async function listen(subscriber: RedisClient, channels: string[], wake: Wake): 
 }
 
 /** What is to be done besides batches, now and then. */
-function tend(context: WorkerContext, config: Config, signal: AbortSignal): void {
+function tend(context: WorkerContext, partitions: Partitions, config: Config, signal: AbortSignal): void {
   const { redis, pool, legacy, gate, metrics, log } = context
   const again = (what: string, everyMs: number, work: () => Promise<unknown>) =>
     repeat(what, everyMs, log, signal, work)
   again('reclaiming', TEND_MS, () => reclaim(context))
-  again('reaping', TEND_MS, () => reap(context))
+  again('reaping', TEND_MS, async () => {
+    await gate.pass()
+    for (let left = TEND_MOST_CALLS; left > 0 && !signal.aborted; left -= REAP_PAGE) {
+      const { calls, due } = await closeFinal(redis, pool, partitions, REAP_PAGE)
+      await reap(context, calls)
+      if (due < REAP_PAGE) break
+    }
+  })
   // A Redis that was flushed does not know the count any more.
   again('claiming the partitions', TEND_MS, () => openPartitions(redis, config.PARTITIONS))
   again('looking for strays', STRAYS_MS, () => endStrays(context, config.IDLE_TIMEOUT * 1000, signal))
   if (!legacy) return
   again('filling legacy rows that were locked', LOCKED_MS, async () => {
     await gate.pass()
-    metrics.legacyHeld.set(await legacy.fillHeld(pool))
+    metrics.shared.legacyHeld.set(await legacy.fillHeld(pool))
   })
+}
+
+/** What is done, slowly, to what has long been stored. */
+function cleanUp(context: WorkerContext, partitions: Partitions, config: Config, signal: AbortSignal): void {
+  const { gate, log } = context
+  const { STREAM_RETENTION: seconds, ARCHIVE_DIR, SWEEP_INTERVAL } = config
+  if (seconds !== undefined) {
+    const retention = new Retention(context, partitions, retentionSettings(seconds, ARCHIVE_DIR))
+    const everyMs = ARCHIVE_DIR === undefined ? RETENTION_MS : ARCHIVE_MS
+    void repeat('removing what is past its retention', everyMs, log, signal, async () => {
+      await gate.pass()
+      await retention.round(signal)
+    })
+  }
+  const sweep = new Sweep(context, partitions, SWEEP_INTERVAL * 1000)
+  const lookMs = Math.min(SWEEP_LOOK_MS, SWEEP_INTERVAL * 1000)
+  sleep(lookMs, undefined, { signal }).then(
+    () => repeat('sweeping', lookMs, log, signal, () => sweep.tend(signal)),
+    () => undefined, // stopped before that
+  )
 }
 
 /** A connection that hangs would be waited for in vain. */
@@ -181,8 +224,9 @@ async function reclaim({ leases, wake, metrics, log }: WorkerContext): Promise<v
   wake.all() // for what was published and got lost, too
 }
 
-async function reap({ leases, wake, metrics }: WorkerContext): Promise<void> {
-  const reaped = await leases.reap(TEND_MOST_CALLS)
+async function reap({ leases, wake, metrics }: WorkerContext, calls: CallPlace[]): Promise<void> {
+  if (calls.length === 0) return
+  const reaped = await leases.reap(REAP_PAGE, calls)
   metrics.reaped.inc(reaped.length)
   if (reaped.length > 0) wake.all()
 }
@@ -199,7 +243,7 @@ async function repeat(
     try {
       await work()
     } catch (error) {
-      if (!signal.aborted) log.warn({ err: (error as Error).message }, `${what} failed, will retry`)
+      if (!signal.aborted) log.warn({ err: error }, `${what} failed, will retry`)
     }
     await sleep(everyMs * (0.75 + Math.random() / 2), undefined, { signal }).catch(() => undefined) // aborted: the loop ends
   }

@@ -2,20 +2,20 @@
  * read → decode → copy → finalize → COMMIT for what a worker has leased. What cannot be stored is found and put into
  * quarantine here, so that it never stops its neighbours.
  */
-import { isUtf8 } from 'node:buffer'
 import { crashPoint } from '../shared/crash.js'
 import type { SinkMetrics } from '../shared/metrics.js'
 import type { Pool } from '../shared/postgres.js'
 import type { RedisClient } from '../shared/redis.js'
 import { EncodedTurns } from './copy.js'
-import { type Batch, decodeCall, type Entry, emptyBatch, entryMs, type QuarantineRow, quarantineRow } from './decode.js'
+import { type Batch, decodeCall, type Entry, emptyBatch, entryMs, quarantineRow } from './decode.js'
 import type { Hold } from './hold.js'
 import { givenBack, type Lease, type LeaseLimits, type Settlement } from './lease.js'
 import type { Legacy } from './legacy.js'
 import type { Progress } from './progress.js'
+import { keepBytes } from './raw-fields.js'
 import { readEntries } from './read.js'
 import { LegacyFailure, type Verdict, verdictOn } from './verdict.js'
-import { isStored, writeBatch } from './write.js'
+import { isStored, type Written, writeBatch } from './write.js'
 
 /** Entries that are tried one by one are read a few at a time: their sheer size may be what their sinks die of. */
 const ALONE_ENTRIES = 50
@@ -67,7 +67,9 @@ export class Store {
     }
     const batch = emptyBatch(new EncodedTurns())
     try {
+      const started = performance.now()
       await this.read(leases, (lease, entries) => decode(lease, entries, batch))
+      this.context.metrics.readSeconds.observe((performance.now() - started) / 1000)
       await this.write(batch)
       return batch.settlements
     } catch (error) {
@@ -189,7 +191,7 @@ export class Store {
   private async write(batch: Batch<EncodedTurns>): Promise<void> {
     if (batch.settlements.every((s) => s.last === undefined)) return
     const { pool, metrics, progress, writeTimeoutMs, legacy } = this.context
-    await this.keepBytes(batch.quarantine)
+    await keepBytes(this.context.redis, batch.quarantine)
     const started = performance.now()
     const written = await writeBatch(pool, batch, writeTimeoutMs, legacy).catch((error: Error) => {
       throw new NotStored(error)
@@ -197,27 +199,42 @@ export class Store {
     crashPoint('after-commit')
     if (!this.isAlone && batch.turns.length > 0 && batch.calls.length > 0) progress.storedSinceFailure = true
     metrics.writeSeconds.observe((performance.now() - started) / 1000)
-    metrics.latencySeconds.observe(Math.max(0, Date.now() - batch.oldestMs) / 1000)
+    this.count(batch, written)
+  }
+
+  /** A batch that is committed. */
+  private count(batch: Batch<EncodedTurns>, written: Written): void {
+    const { metrics } = this.context
+    const now = Date.now()
+    metrics.lastCommit.set(now / 1000)
+    let calls = 0
+    for (const { lease, last, count } of batch.settlements) {
+      if (last === undefined) continue
+      calls++
+      // A part of a call is younger than all that waited in it; and then it is alone in its batch.
+      const oldestMs = Math.max(lease.oldestMs, batch.oldestMs)
+      metrics.latencySeconds.observe(Math.max(0, now - oldestMs) / 1000)
+      if (lease.lapses > 0) metrics.redelivered.inc(count)
+    }
+    metrics.batchCalls.observe(calls)
     metrics.batchRows.observe(batch.turns.length + batch.events.length)
     metrics.turns.inc(written.turns)
     metrics.duplicates.inc(batch.turns.length - written.turns)
     metrics.events.inc(written.events)
     metrics.quarantined.inc(written.quarantined)
-    metrics.finalized.inc(batch.calls.filter((call) => call.finalize).length)
+    if (written.copySeconds !== undefined) metrics.copySeconds.observe(written.copySeconds)
     if (written.staged) metrics.staged.inc()
-  }
-
-  /** What is not UTF-8 was read as U+FFFD: such entries are read once more, as bytes. */
-  private async keepBytes(rows: QuarantineRow[]): Promise<void> {
-    for (const row of rows) {
-      if (!row.raw.includes('\uFFFD')) continue
-      const [entry] = await this.context.redis.xrangeBuffer(row.streamKey, row.entryId, row.entryId)
-      if (entry) row.raw = JSON.stringify(entry[1].map(textOrBytes))
+    if (!written.calls) return
+    const { finalized, refinalized, finalizeSeconds } = written.calls
+    metrics.finalizeSeconds.observe(finalizeSeconds)
+    metrics.refinalized.inc(refinalized)
+    for (const { outcome, incomplete, abandoned } of finalized) {
+      metrics.finalized.inc({ outcome })
+      if (incomplete) metrics.incomplete.inc()
+      if (abandoned) metrics.abandoned.inc()
     }
   }
 }
-
-const textOrBytes = (field: Buffer) => (isUtf8(field) ? field.toString() : { base64: field.toString('base64') })
 
 function isForItsData(error: unknown): error is NotStored {
   return error instanceof NotStored && error.verdict === 'quarantine'

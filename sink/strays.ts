@@ -10,6 +10,8 @@ import type { Leases } from './lease.js'
 const PAGE = 1000
 /** A live row's last_event_at may be older than its last turn; and Redis gets the first chance to end the call. */
 const MARGIN_MS = 60_000
+/** A connection that hangs must not hold this up for ever. */
+const ANSWER_TIMEOUT_MS = 30_000
 
 /** By an index of the live rows alone: as many as there are calls open now, however many there have been. */
 const SILENT_CALLS = `
@@ -32,7 +34,8 @@ export async function endStrays(
   let ended = 0
   for (let after = ''; !signal?.aborted; ) {
     const values = [after, idleMs + MARGIN_MS]
-    const { rows } = await pool.query<{ call_sid: string; silent: boolean }>(SILENT_CALLS, values)
+    const question = { text: SILENT_CALLS, values, query_timeout: ANSWER_TIMEOUT_MS }
+    const { rows } = await pool.query<{ call_sid: string; silent: boolean }>(question)
     const silent = rows.filter((row) => row.silent).map((row) => row.call_sid)
     const results = await Promise.all(silent.map((callSid) => leases.end(callSid)))
     ended += results.filter(Boolean).length

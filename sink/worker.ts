@@ -8,7 +8,6 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import { backoffMs } from '../shared/backoff.js'
 import { crashPoint } from '../shared/crash.js'
 import type { Logger } from '../shared/log.js'
-import { sqlState } from '../shared/postgres.js'
 import type { Gate } from './gate.js'
 import { Hold } from './hold.js'
 import { givenBack, type Lease, type Leases, type Settlement } from './lease.js'
@@ -61,11 +60,7 @@ export class Worker {
       } catch (error) {
         progress.failed('Redis', error as Error)
         metrics.retries.inc({ class: 'redis' })
-        // Not the error itself: one of Redis carries its whole command.
-        log.warn(
-          { err: (error as Error).stack, failures: this.failures + 1 },
-          'no batch could be taken from Redis, will retry',
-        )
+        log.warn({ err: error, failures: this.failures + 1 }, 'no batch could be taken from Redis, will retry')
         await this.pause()
       }
     }
@@ -106,8 +101,10 @@ export class Worker {
     crashPoint('before-lease')
     // When nothing could be stored for so long, one call shows as well as 500 whether that has changed.
     const calls = gate.vainOpenings >= MOST_VAIN_OPENINGS ? 1 : limits.calls
+    const started = performance.now()
     const { leases: taken, more, gone } = await leases.lease(wake.take(), { ...limits, calls }, mayTakeSuspect)
     crashPoint('after-lease')
+    if (taken.length > 0) metrics.leaseSeconds.observe((performance.now() - started) / 1000)
     wake.add(more)
     progress.succeeded('Redis')
     metrics.lostStreams.inc(gone.length)
@@ -119,8 +116,9 @@ export class Worker {
 
   /** @returns false when it came to nothing, and nothing else should be tried now */
   private async storeAndSettle(hold: Hold, batch: Lease[]): Promise<boolean> {
-    const { gate, progress } = this.context
+    const { gate, progress, metrics } = this.context
     const done = progress.began()
+    metrics.batchesInHand.inc()
     try {
       const settlements = await this.store.store(batch, hold)
       gate.succeeded()
@@ -135,13 +133,16 @@ export class Worker {
       await this.failed(hold, batch, error)
       return false
     } finally {
+      metrics.batchesInHand.dec()
       done()
     }
   }
 
   private async settle(hold: Hold, settlements: Settlement[]): Promise<void> {
     const { wake, metrics, log } = this.context
+    const started = performance.now()
     const { lapsed, again, lost } = await hold.settle(settlements)
+    metrics.settleSeconds.observe((performance.now() - started) / 1000)
     wake.add(again)
     if (lapsed > 0) log.warn({ lapsed }, 'leases lapsed while their entries were being committed')
     for (const { callSid, entries } of lost) {
@@ -160,7 +161,7 @@ export class Worker {
     if (!isItsOwn) gate.close(cause, hintOn(cause))
     if (!isItsOwn && gate.vainOpenings < MOST_VAIN_OPENINGS) return
     progress.failed('batch', cause)
-    const failure = { err: cause.message, code: sqlState(cause), calls: batch.length }
+    const failure = { err: cause, calls: batch.length }
     log.warn(failure, 'batch failed for an unclear reason: its calls will be tried by themselves')
     const lapsed = batch.map((lease) => ({ ...givenBack(lease), lapsed: true }))
     await this.settle(hold, lapsed)

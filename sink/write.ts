@@ -8,10 +8,10 @@ import { Readable } from 'node:stream'
 import { pipeline } from 'node:stream/promises'
 import { from as copyFrom } from 'pg-copy-streams'
 import { crashPoint } from '../shared/crash.js'
-import { readPackageFile } from '../shared/package-root.js'
 import { type Pool, type PoolClient, sqlState } from '../shared/postgres.js'
 import { type EncodedTurns, TURN_COLUMNS } from './copy.js'
-import { type Batch, type CallRow, type EventRow, entryMs, type QuarantineRow, storable } from './decode.js'
+import { type Batch, type EventRow, entryMs, iso, type QuarantineRow, storable } from './decode.js'
+import { type Finalized, finalizeCalls } from './finalize.js'
 import type { Filled, Legacy } from './legacy.js'
 import { verdictOn, WriteTimeout } from './verdict.js'
 
@@ -43,17 +43,6 @@ export function writeSettings(timeoutMs: number, leaseMs: number): Record<string
 
 const UNIQUE_VIOLATION = '23505'
 const COPY_CHUNK_BYTES = 256 * 1024
-const FOLD = { name: 'fold', text: readPackageFile('sink/fold.sql') }
-
-/**
- * A sink whose lease has lapsed may still be about to write. Whoever comes second must see what the first one wrote: so the
- * rows are locked before the fold takes its snapshot, always in the same order. Gives the calls that are final already.
- */
-const LOCK_CALLS = {
-  name: 'lock',
-  text: `SELECT CASE WHEN finalized_at IS NOT NULL THEN call_sid END AS final
-         FROM call_sessions WHERE call_sid = ANY($1::text[]) ORDER BY call_sid FOR UPDATE`,
-}
 
 const INSERT_EVENTS = {
   name: 'events',
@@ -61,6 +50,23 @@ const INSERT_EVENTS = {
     INSERT INTO call_events (call_sid, event_id, type, occurred_at, event, stream_id, ingested_at)
     SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::timestamptz[], $5::jsonb[], $6::text[], $7::timestamptz[])
     ON CONFLICT DO NOTHING`,
+}
+/**
+ * For belated batches: rows of the same keys that were made from later entries. (They are inserted anew, and not updated: ON CONFLICT
+ * DO UPDATE would lock all the other rows, too, which whoever erases a call takes in another order.)
+ */
+const laterThan = (stored: string, given: string) =>
+  `(${given}.ingested_at, split_part(${given}.stream_id, '-', 2)::numeric)
+     < (${stored}.ingested_at, split_part(${stored}.stream_id, '-', 2)::numeric)`
+const REMOVE_LATER_TURNS = `
+  DELETE FROM call_transcript_turns t USING staged_turns s
+  WHERE t.call_sid = s.call_sid AND t.turn_id = s.turn_id AND ${laterThan('t', 's')}`
+const REMOVE_LATER_EVENTS = {
+  name: 'later-events',
+  text: `
+    DELETE FROM call_events e
+    USING unnest($1::text[], $2::text[], $3::text[], $4::timestamptz[]) AS g(call_sid, event_id, stream_id, ingested_at)
+    WHERE e.call_sid = g.call_sid AND e.event_id = g.event_id AND ${laterThan('e', 'g')}`,
 }
 const INSERT_QUARANTINE = {
   name: 'quarantine',
@@ -79,6 +85,10 @@ export interface Written {
   staged: boolean
   /** In the table of LEGACY_CALL_SESSIONS. */
   legacy?: Filled
+  /** What became of its calls; absent where none was folded. */
+  calls?: Finalized
+  /** Of the COPY; absent where there was none. */
+  copySeconds?: number
 }
 
 /** What PostgreSQL's own statement_timeout does not end in time: then nobody answers any more. */
@@ -117,16 +127,22 @@ export async function writeBatch(
 
 /** Straight into the table; through staging when that meets a turn which is there already, or is bound to. */
 async function copyOrStage(client: PoolClient, batch: Batch<EncodedTurns>, legacy?: Legacy): Promise<Written> {
-  const write = (writeTurns: TurnWriter) => inTransaction(client, () => writeAll(client, batch, writeTurns, legacy))
-  if (batch.redelivered) return await write(stageTurns)
+  const write = (writeTurns: TurnWriter) =>
+    inTransaction(client, async () => {
+      const written = await writeAll(client, batch, writeTurns, legacy)
+      await batch.confirm?.()
+      return written
+    })
+  const stage: TurnWriter = (_client, rows) => stageTurns(client, rows, batch.belated)
+  if (batch.redelivered) return await write(stage)
   try {
-    const isOneStatement = batch.events.length + batch.quarantine.length + batch.calls.length === 0
+    const isOneStatement = batch.events.length + batch.quarantine.length + batch.calls.length === 0 && !batch.confirm
     // One COPY is a transaction by itself: BEGIN and COMMIT would be two round trips more for most batches of live calls.
     if (isOneStatement) return await writeAll(client, batch, copyTurns)
     return await write(copyTurns)
   } catch (error) {
     if (sqlState(error) !== UNIQUE_VIOLATION) throw error
-    return await write(stageTurns)
+    return await write(stage)
   }
 }
 
@@ -152,10 +168,16 @@ async function writeAll(
   writeTurns: TurnWriter,
   legacy?: Legacy,
 ): Promise<Written> {
-  const turns = batch.turns.length > 0 ? await writeTurns(client, batch.turns) : { turns: 0, staged: false }
-  const written: Written = { ...turns, events: 0, quarantined: 0 }
+  const written: Written = { turns: 0, staged: false, events: 0, quarantined: 0 }
+  if (batch.turns.length > 0) {
+    const started = performance.now()
+    Object.assign(written, await writeTurns(client, batch.turns))
+    written.copySeconds = secondsSince(started)
+  }
   if (batch.events.length > 0) {
-    const { rowCount } = await client.query({ ...INSERT_EVENTS, values: eventColumns(batch.events) })
+    const values = eventColumns(batch.events)
+    if (batch.belated) await client.query({ ...REMOVE_LATER_EVENTS, values: [0, 1, 5, 6].map((i) => values[i]) })
+    const { rowCount } = await client.query({ ...INSERT_EVENTS, values })
     written.events = rowCount ?? 0
   }
   if (batch.quarantine.length > 0) {
@@ -164,30 +186,27 @@ async function writeAll(
   }
   if (batch.release) await client.query('DELETE FROM quarantined_events WHERE id = ANY($1::bigint[])', [batch.release])
   if (batch.calls.length > 0) {
-    const values = callColumns(batch.calls)
-    const { rows } = await client.query<{ final: string | null }>({ ...LOCK_CALLS, values: [values[0]] })
-    crashPoint('before-finalize')
-    await client.query({ ...FOLD, values })
-    crashPoint('after-finalize')
-    // Those that end with this batch, or had ended before: only these can be final now.
-    const ended = batch.calls.filter((call) => call.finalize).map((call) => call.callSid)
-    const final = new Set([...ended, ...rows.flatMap((row) => row.final ?? [])])
-    if (legacy && final.size > 0) written.legacy = await legacy.fill(client, [...final])
+    written.calls = await finalizeCalls(client, batch.calls)
+    const { ended } = written.calls
+    if (legacy && ended.length > 0) written.legacy = await legacy.fill(client, ended)
   }
   return written
 }
+
+const secondsSince = (started: number) => (performance.now() - started) / 1000
 
 async function copyTurns(client: PoolClient, rows: EncodedTurns) {
   await copy(client, 'call_transcript_turns', rows)
   return { turns: rows.length, staged: false }
 }
 
-async function stageTurns(client: PoolClient, rows: EncodedTurns) {
+async function stageTurns(client: PoolClient, rows: EncodedTurns, belated?: true) {
   // Kept for the connection's life: making and dropping it every time takes 1 ms and leaves 50 dead rows in the catalog.
   await client.query(
     'CREATE TEMP TABLE IF NOT EXISTS staged_turns (LIKE call_transcript_turns INCLUDING DEFAULTS) ON COMMIT DELETE ROWS',
   )
   await copy(client, 'staged_turns', rows)
+  if (belated) await client.query(REMOVE_LATER_TURNS)
   const { rowCount } = await client.query(
     'INSERT INTO call_transcript_turns SELECT * FROM staged_turns ON CONFLICT (call_sid, turn_id) DO NOTHING',
   )
@@ -218,8 +237,6 @@ async function copy(client: PoolClient, table: string, rows: EncodedTurns): Prom
   crashPoint('after-copy')
 }
 
-const iso = (ms: number) => new Date(ms).toISOString()
-
 function eventColumns(rows: EventRow[]): unknown[] {
   return [
     rows.map((r) => r.callSid),
@@ -238,14 +255,5 @@ function quarantineColumns(rows: QuarantineRow[]): unknown[] {
     rows.map((r) => r.entryId),
     rows.map((r) => storable(r.reason)),
     rows.map((r) => Buffer.from(r.raw)),
-  ]
-}
-
-function callColumns(rows: CallRow[]): unknown[] {
-  const sorted = rows.toSorted((a, b) => (a.callSid < b.callSid ? -1 : 1))
-  return [
-    sorted.map((r) => r.callSid),
-    sorted.map((r) => iso(r.firstMs)),
-    sorted.map((r) => (r.lastMs === null ? null : iso(r.lastMs))),
   ]
 }

@@ -5,9 +5,9 @@ import { Partitions } from '../shared/keys.js'
 import { connectRedis } from '../shared/redis.js'
 import { Relay } from './support/relay.js'
 import { log, until } from './support/stores.js'
-import { eventsOf, type LocalRedis, ownRedis, Producer, type Store, seqsOf, turn } from './support/streams.js'
+import { eventsOf, ownRedis, Producer, type Store, type StoreServer, seqsOf, turn } from './support/streams.js'
 
-let server: LocalRedis
+let server: StoreServer
 /** Connected to Redis itself, and never cut. */
 let direct: Store & { client: Redis }
 /** Connected through a relay. */
@@ -168,6 +168,29 @@ test('an_append_that_is_not_confirmed_is_not_settled_and_is_applied_once', async
   expect(confirms).toBe(4)
   expect(await producer.failures()).toBe(3)
   expect(await seqsOf(direct, 'CA1')).toEqual([0, 1])
+})
+
+test('an_append_waits_while_another_is_confirmed_and_then_takes_along_what_has_come_since', async () => {
+  const confirmations: (() => void)[] = []
+  let isSlow = false
+  const confirm = async () => {
+    if (isSlow) await new Promise<void>((resolve) => confirmations.push(resolve))
+  }
+  const producer = new Producer(direct, { confirm })
+  await producer.put(turn('CA1', 0)) // now Redis knows the script
+  isSlow = true
+  const first = producer.put(turn('CA1', 1))
+  await until('it is being confirmed', () => confirmations.length === 1)
+  const others = [producer.put(turn('CA1', 2)), producer.put(turn('CA1', 3))]
+  await new Promise(setImmediate) // sent, if they are not held back
+  expect(await seqsOf(direct, 'CA1')).toEqual([0, 1])
+  confirmations[0]!()
+  await first
+  await until('the others are being confirmed', () => confirmations.length === 2)
+  confirmations[1]!()
+  await Promise.all(others)
+  expect(confirmations).toHaveLength(2)
+  expect(await seqsOf(direct, 'CA1')).toEqual([0, 1, 2, 3])
 })
 
 test('the_queue_is_full_while_Redis_is_away_and_empties_when_it_is_back', async () => {

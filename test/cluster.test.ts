@@ -2,6 +2,7 @@
 import { Redis } from 'ioredis'
 import { afterAll, afterEach, beforeAll, beforeEach, expect, test } from 'vitest'
 import { connectRedis, openPartitions, type RedisClient } from '../shared/redis.js'
+import { Backlog } from '../sink/backlog.js'
 import { Leases } from '../sink/lease.js'
 import { log, until } from './support/stores.js'
 import {
@@ -9,18 +10,18 @@ import {
   eventsOf,
   groupOf,
   LIMITS,
-  type LocalRedis,
   leaseAll,
   ownRedis,
   Producer,
   placesOf,
   readAll,
   type Store,
+  type StoreServer,
   seqsOf,
   turn,
 } from './support/streams.js'
 
-let server: LocalRedis
+let server: StoreServer
 let url: string
 let redis: Store
 let leases: Leases
@@ -64,7 +65,8 @@ test('append_lease_read_and_settle_work_on_a_cluster', async () => {
   }
   expect(await leases.settle(taken.map((each) => committed(each)))).toEqual({ lapsed: 0, again: [], lost: [] })
   for (const sid of calls) expect(await groupOf(redis, sid)).toMatchObject({ lag: 0, pending: 0 })
-  expect(await leases.backlog()).toEqual({ readyCalls: 0, openCalls: calls.length, lagMs: 0 })
+  const backlog = await new Backlog(redis.client, redis.partitions).read()
+  expect(backlog).toMatchObject({ readyCalls: 0, leasedCalls: 0, openCalls: calls.length, lagMs: 0, entriesBehind: 0 })
 })
 
 test('a_cluster_that_forgets_its_scripts_costs_nothing', async () => {

@@ -10,9 +10,10 @@ import type { Ingest } from '../ingest/ingest.js'
 import { Partitions } from '../shared/keys.js'
 import { connectRedis } from '../shared/redis.js'
 import { testIngest, Wire } from './support/ingest.js'
+import { figure } from './support/metrics.js'
 import { Relay } from './support/relay.js'
 import { freshRedis, log, type RedisDatabase, until } from './support/stores.js'
-import { eventsOf, type LocalRedis, ownRedis, type Store, turn } from './support/streams.js'
+import { eventsOf, ownRedis, type Store, type StoreServer, turn } from './support/streams.js'
 
 let redis: RedisDatabase
 beforeEach(async () => {
@@ -753,7 +754,7 @@ describe('GET /v1/calls', () => {
 })
 
 describe('while Redis is away', () => {
-  let server: LocalRedis
+  let server: StoreServer
   let own: Store & { client: Redis }
   beforeAll(async () => {
     server = await ownRedis()
@@ -765,24 +766,31 @@ describe('while Redis is away', () => {
   })
   afterEach(() => own.client.disconnect())
 
-  const freeze = () => {
-    process.kill(server.pid, 'SIGSTOP')
+  const freeze = async () => {
+    await server.signal('SIGSTOP')
     onTestFinished(thaw)
   }
-  const thaw = () => {
-    process.kill(server.pid, 'SIGCONT')
+  const thaw = () => server.signal('SIGCONT')
+
+  /** While Redis is frozen. @param events in the queue once these are @returns the answer of a refusal; false: they were taken */
+  const takenOrRefused = async (ingest: Ingest, asked: Promise<Reply>, events: number): Promise<Reply | false> => {
+    const { reply } = await until('they are answered or in the queue', async () => {
+      const reply = await Promise.race([asked, sleep(0, undefined)])
+      return (reply || (await figure(ingest.url, 'calltape_ingest_queued_events')) >= events) && { reply }
+    })
+    return reply ?? false
   }
 
   test('an_answer_waits_for_Redis', async () => {
     const ingest = await testIngest({ REDIS_URL: server.url })
-    freeze()
+    await freeze()
     let reply: Reply | undefined
     const asked = post(ingest, JSON.stringify(turn('CA1', 0))).then((answer) => {
       reply = answer
     })
     await sleep(300)
     expect(reply).toBeUndefined()
-    thaw()
+    await thaw()
     await asked
     expect(reply).toMatchObject({ status: 200, body: { accepted: 1 } })
     expect(await eventsOf(own, 'CA1')).toEqual([turn('CA1', 0)])
@@ -803,7 +811,7 @@ describe('while Redis is away', () => {
       return status === 200 ? 'ready' : (body.error as { code: string; message: string })
     }
     expect(await Promise.all([frozen, refused].map(ready))).toEqual(['ready', 'ready'])
-    freeze()
+    await freeze()
     await fullClient.config('SET', 'maxmemory', '1')
     const untold = post(stopping, JSON.stringify(turn('CA3', 0)))
     await sleep(50)
@@ -828,9 +836,9 @@ describe('while Redis is away', () => {
     await until('it says why', async () => (await ready(refused)) !== 'ready', 1500)
     expect(await ready(refused)).toEqual(why)
     for (const ingest of [frozen, refused]) expect((await ask(ingest, '/healthz')).status, 'it lives').toBe(200)
-    await Promise.race([stopped, sleep(1000).then(() => expect.unreachable('stop() waits for ever'))])
+    await Promise.race([stopped, sleep(5000).then(() => expect.unreachable('stop() waits for ever'))])
 
-    thaw()
+    await thaw()
     await fullClient.config('SET', 'maxmemory', '0')
     for (const ingest of [frozen, refused]) {
       await until('it is ready again', async () => (await ready(ingest)) === 'ready')
@@ -843,10 +851,10 @@ describe('while Redis is away', () => {
 
   test('killed_what_was_taken_meanwhile_is_stored_once_when_it_is_back', async () => {
     const dying = await ownRedis()
+    onTestFinished(() => dying.stop())
     const ingest = await testIngest({ REDIS_URL: dying.url })
     expect((await post(ingest, JSON.stringify(turn('CA1', 0)))).body).toMatchObject({ accepted: 1 })
-    process.kill(dying.pid, 'SIGKILL')
-    await dying.exited
+    await dying.kill()
     const unready = await until('it is not ready', async () => {
       const reply = await ask(ingest, '/readyz')
       return reply.status === 503 && reply
@@ -859,17 +867,10 @@ describe('while Redis is away', () => {
     const look = await ask(ingest, '/v1/calls')
     expect([look.status, look.headers.get('retry-after')]).toEqual([503, '2'])
     expect((await ask(ingest, '/healthz')).status).toBe(200)
-    const { startRedis } = await import('../cli/local-redis.js')
-    const dataDir = /data in (\S+),/.exec(dying.describe)![1]!
-    const back = await startRedis({ dataDir, port: Number(new URL(dying.url).port) })
-    onTestFinished(async () => {
-      await back.stop()
-      await dying.stop()
-    })
-    expect(back.url).toBe(dying.url)
+    await dying.start()
     expect(await waiting, 'a short absence is not even noticed').toMatchObject({ status: 200, body: { accepted: 2 } })
     await until('it is ready again', async () => (await ask(ingest, '/readyz')).status === 200)
-    const client = (await connectRedis(back.url, log)) as Redis
+    const client = (await connectRedis(dying.url, log)) as Redis
     onTestFinished(() => client.disconnect())
     expect(await eventsOf({ client, partitions: own.partitions }, 'CA1')).toEqual(
       [0, 1, 2].map((seq) => turn('CA1', seq)),
@@ -878,21 +879,19 @@ describe('while Redis is away', () => {
 
   test('its_memory_is_bounded_and_more_is_503_at_once', async () => {
     const ingest = await testIngest({ REDIS_URL: server.url, MAX_QUEUE_BYTES: String(1024 * 1024) })
-    freeze()
+    await freeze()
     const waiting: Promise<Reply>[] = []
     const refused = await until('it takes no more', async () => {
-      const asked = post(
-        ingest,
-        JSON.stringify(Array.from({ length: 8 }, (_, i) => turn('CA1', waiting.length * 8 + i, 'x'.repeat(16_000)))),
-      )
+      const events = Array.from({ length: 8 }, (_, i) => turn('CA1', waiting.length * 8 + i, 'x'.repeat(16_000)))
+      const asked = post(ingest, JSON.stringify(events))
       waiting.push(asked)
-      return Promise.race([asked, sleep(50, false as const)])
+      return takenOrRefused(ingest, asked, waiting.length * 8)
     })
     expect(waiting.length).toBeGreaterThan(5)
     expect(waiting.length).toBeLessThan(12)
     expect([refused.status, codeOf(refused), refused.headers.get('retry-after')]).toEqual([503, 'unavailable', '2'])
     expect(messageOf(refused)).toBe('the stores cannot take more now')
-    thaw()
+    await thaw()
     const replies = await Promise.all(waiting)
     expect(replies.slice(0, -1).map(({ status }) => status)).toEqual(replies.slice(1).map(() => 200))
     expect(await countStored(own), 'all that was taken and nothing of what was refused').toBe(8 * (waiting.length - 1))
@@ -901,15 +900,12 @@ describe('while Redis is away', () => {
 
   test('many_tiny_events_count_for_what_they_take', async () => {
     const ingest = await testIngest({ REDIS_URL: server.url, MAX_QUEUE_BYTES: String(1024 * 1024) })
-    freeze()
+    await freeze()
     const tiny = JSON.stringify(Array.from({ length: 1000 }, () => ({ type: 'call.ended', call_sid: 'a' })))
-    for (let taken = 0; ; taken++) {
-      const reply = await Promise.race([post(ingest, tiny), sleep(30)])
-      if (!reply) continue
-      expect(reply.status).toBe(503)
-      expect(taken, 'thousands of events').toBeLessThan(8)
-      break
-    }
+    let taken = 0
+    const refused = await until('it takes no more', () => takenOrRefused(ingest, post(ingest, tiny), ++taken * 1000))
+    expect(refused.status).toBe(503)
+    expect(taken, 'thousands of events').toBeLessThan(9)
   })
 })
 

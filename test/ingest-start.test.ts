@@ -12,7 +12,6 @@ import type { TLSSocket } from 'node:tls'
 import getPort from 'get-port'
 import { Redis } from 'ioredis'
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, onTestFinished, test } from 'vitest'
-import { startRedis } from '../cli/local-redis.js'
 import type { Ingest } from '../ingest/ingest.js'
 import { OperatorError } from '../shared/config.js'
 import { Partitions } from '../shared/keys.js'
@@ -216,17 +215,15 @@ describe('TLS', () => {
 
 describe('DURABILITY', () => {
   const withArgs = async (...args: string[]) => {
-    const folder = await mkdtemp(join(tmpdir(), 'calltape-durability-'))
-    const server = await startRedis({ dataDir: join(folder, 'redis'), args })
-    onTestFinished(async () => {
-      await server.stop()
-      await rm(folder, { recursive: true, force: true })
-    })
+    const server = await ownRedis('single', ...args)
+    onTestFinished(() => server.stop())
     return server
   }
-  const isBefore = (describe: string, major: number, minor: number) => {
-    const [, a, b] = /(\d+)\.(\d+)/.exec(describe)!.map(Number) as [number, number, number]
-    return a < major || (a === major && b < minor)
+  const hasWaitAof = async (url: string) => {
+    const client = await connectRedis(url, log)
+    const [, major, minor] = /redis_version:(\d+)\.(\d+)/.exec(await client.info('server'))!
+    client.disconnect()
+    return Number(major) > 7 || (major === '7' && Number(minor) >= 2)
   }
 
   test('fsync_is_refused_without_an_append_only_file', async () => {
@@ -236,15 +233,41 @@ describe('DURABILITY', () => {
     await expect(start).rejects.toThrow(/DURABILITY=fsync.*appendonly yes/)
   })
 
-  test('fsync_wants_WAITAOF_where_Redis_syncs_every_second', async () => {
-    const { url, describe } = await withArgs()
+  test('fsync_is_refused_where_the_system_decides_when_to_sync', async () => {
+    const { url } = await withArgs('--appendfsync', 'no')
     const start = testIngest({ REDIS_URL: url, DURABILITY: 'fsync' })
-    if (isBefore(describe, 7, 2)) {
+    await expect(start).rejects.toThrow(OperatorError)
+    await expect(start).rejects.toThrow(/DURABILITY=fsync.*appendfsync everysec or always/)
+  })
+
+  test('fsync_wants_WAITAOF_where_Redis_syncs_every_second', async () => {
+    const { url } = await withArgs()
+    const start = testIngest({ REDIS_URL: url, DURABILITY: 'fsync' })
+    if (await hasWaitAof(url)) {
+      expect(await store(await start)).toEqual({ accepted: 1, rejected: [] })
+    } else {
       await expect(start).rejects.toThrow(OperatorError)
       await expect(start).rejects.toThrow(/DURABILITY=fsync.*7\.2.*appendfsync always/)
-    } else {
-      expect(await store(await start)).toEqual({ accepted: 1, rejected: [] })
     }
+  })
+
+  test('fsync_an_ack_waits_until_Redis_has_synced (skipped before Redis 7.2)', async ({ skip }) => {
+    const { url } = await withArgs()
+    skip(!(await hasWaitAof(url)), 'this Redis has no WAITAOF')
+    const client = (await connectRedis(url, log)) as Redis
+    onTestFinished(() => client.disconnect())
+    const wire = await Wire.open(await testIngest({ REDIS_URL: url, DURABILITY: 'fsync' }))
+    wire.send(turn('CA1', 0))
+    await wire.untilAcked(1)
+    await client.config('SET', 'appendfsync', 'no')
+    wire.send(turn('CA1', 1))
+    const stored = { client, partitions: new Partitions(64) }
+    await until('Redis has it', async () => (await eventsOf(stored, 'CA1')).length === 2)
+    await sleep(3500) // longer than it waits for a sync: it has been sent again meanwhile
+    expect(wire.acked).toBe(1)
+    await client.config('SET', 'appendfsync', 'everysec')
+    await wire.untilAcked(2)
+    expect(await eventsOf(stored, 'CA1')).toEqual([turn('CA1', 0), turn('CA1', 1)])
   })
 
   test('fsync_works_with_appendfsync_always', async () => {
@@ -286,17 +309,15 @@ describe('DURABILITY', () => {
 
   test('replicas_an_answer_means_that_a_replica_has_it_even_if_the_append_had_to_be_sent_again', async () => {
     const primary = await withArgs('--repl-diskless-sync-delay', '0')
-    const replica = await withArgs('--replicaof', '127.0.0.1', new URL(primary.url).port)
+    const replica = await withArgs('--replicaof', primary.peer.host, String(primary.peer.port))
     const client = (await connectRedis(primary.url, log)) as Redis
     onTestFinished(() => client.disconnect())
     await until('the replica is online', async () => /state=online/.test(await client.info('replication')))
     const ingest = await testIngest({ REDIS_URL: primary.url, DURABILITY: 'replicas:1' })
     expect(await store(ingest)).toEqual({ accepted: 1, rejected: [] })
 
-    process.kill(replica.pid, 'SIGSTOP')
-    onTestFinished(() => {
-      process.kill(replica.pid, 'SIGCONT')
-    })
+    await replica.signal('SIGSTOP')
+    onTestFinished(() => replica.signal('SIGCONT'))
     const wire = await Wire.open(ingest)
     wire.send(turn('CA1', 1))
     const onPrimary = { client, partitions: new Partitions(64) }
@@ -305,7 +326,7 @@ describe('DURABILITY', () => {
     await sleep(3500) // longer than it waits for the replica
     expect(wire.acked, 'no ack').toBe(0)
     expect(await eventsOf(onPrimary, 'CA1'), 'applied once').toHaveLength(2)
-    process.kill(replica.pid, 'SIGCONT')
+    await replica.signal('SIGCONT')
     await wire.untilAcked(1)
     const second = (await connectRedis(replica.url, log)) as Redis
     onTestFinished(() => second.disconnect())

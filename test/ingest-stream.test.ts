@@ -21,9 +21,9 @@ import { freshRedis, log, type RedisDatabase, until } from './support/stores.js'
 import {
   entriesOf,
   eventsOf,
-  type LocalRedis,
   ownRedis,
   type Store,
+  type StoreServer,
   seqsOf,
   streamOf,
   turn,
@@ -389,7 +389,7 @@ describe('the window', () => {
 })
 
 describe('while Redis is frozen', () => {
-  let server: LocalRedis
+  let server: StoreServer
   let own: Store & { client: Redis }
   beforeAll(async () => {
     server = await ownRedis()
@@ -406,8 +406,8 @@ describe('while Redis is frozen', () => {
     const wire = await Wire.open(ingest)
     wire.send(turn('CA1', 0))
     await wire.untilAcked(1)
-    process.kill(server.pid, 'SIGSTOP')
-    onTestFinished(() => void process.kill(server.pid, 'SIGCONT'))
+    await server.signal('SIGSTOP')
+    onTestFinished(() => server.signal('SIGCONT'))
     let sent = 1
     while (!wire.closed && sent < 1000) {
       wire.send(turn('CA1', sent++, 'x'.repeat(16_000)))
@@ -415,7 +415,7 @@ describe('while Redis is frozen', () => {
     }
     expect(wire.closed).toMatchObject({ code: 1013, reason: expect.stringContaining('resend what was not acked') })
     expect(wire.acked).toBe(1)
-    process.kill(server.pid, 'SIGCONT')
+    await server.signal('SIGCONT')
     await until('it takes events again', async () => {
       const next = await Wire.open(ingest)
       next.send(turn('CA2', 0))

@@ -1,7 +1,7 @@
 /** lease: who gets a call, how much at once, and where to read on. */
 import { setTimeout as sleep } from 'node:timers/promises'
 import { beforeEach, expect, test } from 'vitest'
-import { givenBack, type Leases } from '../sink/lease.js'
+import type { Leases } from '../sink/lease.js'
 import type { RedisDatabase } from './support/stores.js'
 import {
   callsIn,
@@ -231,23 +231,4 @@ test('reading_takes_what_lies_behind_the_cursors_up_to_the_limit', async () => {
   for (const { lease, entries } of limited) {
     expect(entries).toEqual((await entriesOf(redis, lease.callSid)).slice(20, 70))
   }
-})
-
-test('the_backlog_is_the_calls_waiting_and_the_age_of_the_oldest_entry', async () => {
-  expect(await leases.backlog()).toEqual({ readyCalls: 0, openCalls: 0, lagMs: 0 })
-  await producer.store(turn('CA1', 0))
-  await sleep(60)
-  await producer.store(turn('CA2', 0), turn('CA3', 0))
-  const waiting = await leases.backlog()
-  expect(waiting).toMatchObject({ readyCalls: 3, openCalls: 3 })
-  expect(waiting.lagMs).toBeGreaterThanOrEqual(60)
-  const taken = await leaseAll(leases, redis)
-  expect((await leases.backlog()).readyCalls).toBe(0)
-  await leases.settle(taken.map(givenBack))
-  const again = await leases.backlog()
-  expect(again).toMatchObject({ readyCalls: 3, openCalls: 3 })
-  expect(again.lagMs).toBeGreaterThanOrEqual(waiting.lagMs)
-  const all = await readAll(redis.client, await leaseAll(leases, redis), LIMITS)
-  await leases.settle(all.map((each) => committed(each)))
-  expect(await leases.backlog()).toEqual({ readyCalls: 0, openCalls: 3, lagMs: 0 })
 })

@@ -145,7 +145,7 @@ describe.concurrent('a Redis', () => {
     })
     const producer = new Producer({ client, partitions })
     await producer.store(turn('CA1', 0))
-    await (admin as Redis).replicaof('127.0.0.1', new URL(next.url).port)
+    await (admin as Redis).replicaof(next.peer.host, next.peer.port)
     await producer.store(turn('CA1', 1))
     expect(await seqsOf(direct, 'CA1')).toEqual([1])
   })

@@ -99,7 +99,9 @@ describe.concurrent('an unclear error', () => {
     await atTurns(calls, internalError, 'true')
     const sids = seqs(10).map(newSid)
     await calls.producer.store(...sids.flatMap((sid) => [turn(sid, 0), ended(sid, 1)]))
-    await until('it is unready and says why', async () => (await calls.ready()) === '503 no progress: odd', 15_000)
+    // Where, and not what: what a function says may quote what was said in a call.
+    const why = '503 no progress: error XX000 raised in react'
+    await until('it is unready and says why', async () => (await calls.ready()) === why, 15_000)
     await sleep(2000)
     expect(await calls.query('SELECT FROM quarantined_events')).toEqual([])
     await calls.query('DROP TRIGGER react ON call_transcript_turns')

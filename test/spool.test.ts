@@ -238,11 +238,11 @@ describe('while Redis is away', () => {
     const database = await freshDatabase()
     onTestFinished(() => database.drop())
     const { url } = await testIngest(environment)
-    redis.freeze()
+    await redis.freeze()
     const keyless = { type: 'turn', call_sid: 'CA1', speaker: 'agent', text: 'hello' }
     const reply = await post(url, [keyless, { type: 'call.status', call_sid: 'CA1', status: 'ringing' }, keyless])
     expect(reply).toMatchObject({ status: 202, body: { accepted: 3, spooled: true } })
-    redis.thaw()
+    await redis.thaw()
     await untilReplayed(url)
     const store = await openStore()
     const [first, second, third, ...again] = await eventsOf(store, 'CA1')

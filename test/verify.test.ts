@@ -1,10 +1,10 @@
 /** `calltape verify`: exit code 0 means that all that was in the streams is in PostgreSQL; everything else is named. */
 import { setTimeout as sleep } from 'node:timers/promises'
 import { Redis } from 'ioredis'
-import { afterAll, beforeAll, describe, expect, onTestFinished, test } from 'vitest'
+import { afterAll, afterEach, beforeAll, describe, expect, onTestFinished, test } from 'vitest'
+import { scanStreams } from '../cli/streams.js'
+import type { Report } from '../cli/verify/report.js'
 import { compareStores, readWindow } from '../cli/verify.js'
-import type { Report } from '../cli/verify-report.js'
-import { scanStreams } from '../cli/verify-streams.js'
 import { OperatorError, readConfig } from '../shared/config.js'
 import type { CallEvent } from '../shared/events.js'
 import { connectRedis, openPartitions } from '../shared/redis.js'
@@ -404,6 +404,14 @@ describe('what_is_not_committed_yet', () => {
   })
   afterAll(() => s.stack.end())
 
+  const isAsked = async (about: string) => {
+    const ours = `datname = current_database() AND application_name = 'calltape-verify'`
+    return (await s.query(`SELECT FROM pg_stat_activity WHERE ${ours} AND query LIKE $1`, about)).length > 0
+  }
+  /** A verification that runs has looked at the streams, and compares what it has found there. */
+  const hasBegun = () => until('it has begun', () => isAsked('%FROM quarantined_events%'))
+  afterEach(() => until('its connections are closed', async () => !(await isAsked('%'))))
+
   test('is_missing_when_nobody_commits_it', async () => {
     const report = await verify(s, undefined, ALL, 300)
     expect(report.counts).toMatchObject({ calls: 3, entries: 15, waiting: 15, turns: 0 })
@@ -414,7 +422,7 @@ describe('what_is_not_committed_yet', () => {
 
   test('is_waited_for_and_what_comes_meanwhile_does_not_matter', async () => {
     const report = verify(s, undefined, ALL, 30_000)
-    await sleep(300)
+    await hasBegun()
     await s.producer.store(turn('a', 3))
     await s.start()
     const { counts, wrong } = await report
@@ -443,7 +451,7 @@ describe('what_is_not_committed_yet', () => {
     const relay = await Relay.start(s.stack.redis.url)
     await s.producer.store(turn('e', 0))
     const report = compareStores({ ...s.stack.config, REDIS_URL: relay.url }, 'e', ALL, 30_000)
-    const [outcome] = await Promise.all([report.catch((error: Error) => error), sleep(400).then(() => relay.stop())])
+    const [outcome] = await Promise.all([report.catch((error: Error) => error), hasBegun().then(() => relay.stop())])
     expect(outcome).toBeInstanceOf(OperatorError)
     expect((outcome as Error).message).toMatch(/^could not compare to the end: /)
   })

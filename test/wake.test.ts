@@ -9,17 +9,17 @@ import {
   callsIn,
   committed,
   LIMITS,
-  type LocalRedis,
   leaseAll,
   ownRedis,
   Producer,
   type Store,
+  type StoreServer,
   take,
   turn,
 } from './support/streams.js'
 
 // Channels are not part of a database: on a Redis shared with other suites, their news would be heard, too.
-let server: LocalRedis
+let server: StoreServer
 let redis: Store
 let subscriber: Redis
 let leases: Leases

@@ -11,7 +11,7 @@ import { type Rig, settled, startRig, TIMEOUT_MS } from './rig.js'
 vi.setConfig({ maxConcurrency: 4 }) // more processes that start at once would keep a small machine from all else
 
 /** Those of the disk spool have a suite of their own. */
-const POINTS = CRASH_POINTS.filter((point) => !/spool|replay/.test(point))
+const POINTS = CRASH_POINTS.filter((point) => !/spool|replay|archive|purge/.test(point))
 const INGEST_POINT = /append$/
 /** `decode` is passed with each entry, the others with each batch. */
 const laterTime = (point: string) => (point === 'decode' ? 500 : 5)

@@ -13,3 +13,19 @@ export async function figure(url: string, name: string): Promise<number> {
   if (values.length === 0 && !text.includes(`# TYPE ${name} `)) throw new Error(`there is no metric ${name}`)
   return values.reduce((sum, value) => sum + value, 0)
 }
+
+/** What a service says, by name with labels as they are written: `calltape_sink_retries_total{class="redis"}`. */
+export type Scrape = Map<string, number>
+
+/** @throws when it is not answered with 200 */
+export async function scrape(url: string): Promise<Scrape> {
+  const response = await fetch(`${url}/metrics`)
+  if (!response.ok) throw new Error(`/metrics was answered with ${response.status}`)
+  const lines = (await response.text()).split('\n').filter((line) => line !== '' && !line.startsWith('#'))
+  return new Map(
+    lines.map((line) => {
+      const at = line.lastIndexOf(' ')
+      return [line.slice(0, at), Number(line.slice(at + 1))]
+    }),
+  )
+}

@@ -1,13 +1,10 @@
 /** Real servers for the suites: REDIS_URL and DATABASE_URL when set, else a Redis and a PostgreSQL of our own for this run. */
-import { chmod, mkdtemp, rm } from 'node:fs/promises'
-import { tmpdir } from 'node:os'
-import { join } from 'node:path'
+import type { ProvidedContext } from 'vitest'
 import type { TestProject } from 'vitest/node'
-import { startPostgres } from '../../cli/local-postgres.js'
-import { startRedis } from '../../cli/local-redis.js'
 import { givenEnvironment } from '../../shared/config.js'
 import { createPool } from '../../shared/postgres.js'
 import { migrate } from '../../shared/schema.js'
+import { type Images, launchPostgres, launchRedis } from './store-server.js'
 
 export const TEMPLATE_DATABASE = 'calltape_test_template'
 
@@ -17,16 +14,17 @@ declare module 'vitest' {
     databaseUrl: string
     /** How long `npm run test:faults` goes on; absent in `npm test`. */
     longFaults?: { kills: number; turns: number; modelRuns: number }
+    /** `npm run test:containers`: every store is a container, of these; absent in `npm test`. */
+    images?: Images
   }
 }
 
 export default async function setup(project: TestProject): Promise<() => Promise<void>> {
   const given = givenEnvironment()
-  const folder = await mkdtemp(join(tmpdir(), 'calltape-test-'))
-  await chmod(folder, 0o711) // as root, PostgreSQL runs as another user, who has to get through
   const say = (line: string) => process.stderr.write(`${line}\n`)
-  const redis = given.REDIS_URL ? undefined : await startRedis({ dataDir: join(folder, 'redis'), say })
-  const postgres = given.DATABASE_URL ? undefined : await startPostgres({ dataDir: join(folder, 'postgres'), say })
+  const { images } = project.config.provide as Partial<ProvidedContext>
+  const redis = given.REDIS_URL ? undefined : await launchRedis(images, { say })
+  const postgres = given.DATABASE_URL ? undefined : await launchPostgres(images, { say })
   const databaseUrl = given.DATABASE_URL ?? postgres!.url
   project.provide('redisUrl', given.REDIS_URL ?? redis!.url)
   project.provide('databaseUrl', databaseUrl)
@@ -44,6 +42,5 @@ export default async function setup(project: TestProject): Promise<() => Promise
     await pool.end()
     await redis?.stop()
     await postgres?.stop()
-    await rm(folder, { recursive: true, force: true })
   }
 }

@@ -1,14 +1,8 @@
 /** A fresh database and a fresh Redis database for one suite or test, and services that run on them in this process. */
 import { randomBytes } from 'node:crypto'
-import { mkdtemp, rm } from 'node:fs/promises'
-import { tmpdir } from 'node:os'
-import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
-import getPort from 'get-port'
 import type { Redis } from 'ioredis'
 import { inject } from 'vitest'
-import { startRedis } from '../../cli/local-redis.js'
-import type { LocalServer } from '../../cli/local-server.js'
 import { type Ingest, startIngest } from '../../ingest/ingest.js'
 import { type Config, childEnvironment, type DatabaseConfig, readConfig } from '../../shared/config.js'
 import { Partitions } from '../../shared/keys.js'
@@ -17,6 +11,7 @@ import { createPool, type Pool } from '../../shared/postgres.js'
 import { connectRedis } from '../../shared/redis.js'
 import { type Sink, startSink } from '../../sink/sink.js'
 import { TEMPLATE_DATABASE } from './servers.js'
+import { launchRedis, type StoreServer } from './store-server.js'
 
 export const log = createLog('test', childEnvironment().TEST_LOG_LEVEL ?? 'silent')
 
@@ -53,18 +48,8 @@ export async function freshRedis(): Promise<RedisDatabase> {
 }
 
 /** A Redis of the suite's own, for what reaches beyond one database: channels, scripts, other connections, a Cluster. */
-export async function ownRedis(mode: 'single' | 'cluster' = 'single'): Promise<LocalServer> {
-  const folder = await mkdtemp(join(tmpdir(), 'calltape-test-redis-'))
-  const cluster = ['--cluster-enabled', 'yes', '--cluster-announce-ip', '127.0.0.1', '--cluster-port']
-  const args = mode === 'cluster' ? [...cluster, String(await getPort())] : []
-  const server = await startRedis({ dataDir: join(folder, 'redis'), args })
-  return {
-    ...server,
-    async stop() {
-      await server.stop()
-      await rm(folder, { recursive: true, force: true })
-    },
-  }
+export function ownRedis(mode: 'single' | 'cluster' = 'single', ...args: string[]): Promise<StoreServer> {
+  return launchRedis(inject('images'), { cluster: mode === 'cluster', args })
 }
 
 export interface Database {

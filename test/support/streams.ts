@@ -10,7 +10,7 @@ import { type Lease, type LeaseLimits, Leases, type Settlement } from '../../sin
 import { readEntries } from '../../sink/read.js'
 import { freshRedis, log, type RedisDatabase } from './stores.js'
 
-export type { LocalServer as LocalRedis } from '../../cli/local-server.js'
+export type { StoreServer } from './store-server.js'
 export { ownRedis } from './stores.js'
 
 export interface Store {

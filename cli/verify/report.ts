@@ -1,5 +1,5 @@
 /** What verify found, counted; the first of it in words. */
-import { table } from './live-view.js'
+import { table } from '../live-view.js'
 
 /** What may be wrong. `missing`: an entry's row; `unexpected`: a row that no entry of the stream makes. */
 export const KINDS = ['missing', 'different', 'not finalized', 'wrong transcript', 'unexpected'] as const
@@ -89,7 +89,10 @@ export class Report {
     if (this.wrong === 0) return 'Everything is there.'
     const { waiting } = this.counts
     if (waiting === this.wrong)
-      return 'Not everything is committed yet: is a sink running? A longer --wait waits for it.'
+      return (
+        'Not everything is committed yet: is a sink running? A longer --wait waits for it. ' +
+        '(What no sink works on, `calltape orphans` lists.)'
+      )
     return `Not everything is as it should be: ${this.wrong} ${this.wrong === 1 ? 'finding' : 'findings'}.`
   }
 }

@@ -1,9 +1,10 @@
 /** verify: what became of each entry. */
-import { type CallEvent, isPresumedEnd, resumes } from '../shared/events.js'
-import { streamKey } from '../shared/keys.js'
-import type { Pool } from '../shared/postgres.js'
-import { type EventRow, storable } from '../sink/decode.js'
-import { compareIds, type DecodedEntry, decodeAlone, isEntryId, leaseFromStart } from './entries.js'
+import { compareIds, isEntryId } from '../../shared/entry-ids.js'
+import { type CallEvent, isPresumedEnd, resumes } from '../../shared/events.js'
+import { type CallPlace, streamKey } from '../../shared/keys.js'
+import type { Pool } from '../../shared/postgres.js'
+import { type Entry, type EventRow, storable } from '../../sink/decode.js'
+import { type DecodedEntry, decodeAlone, leaseFromStart } from '../entries.js'
 import {
   pair,
   readQuarantine,
@@ -12,8 +13,7 @@ import {
   type Table,
   wrongEventColumns,
   wrongTurnColumns,
-} from './verify-rows.js'
-import type { Stretch, Walk } from './verify-streams.js'
+} from './rows.js'
 
 /** `stored`: there is its row. `misplaced`: there is a row of its key, but made from a later entry. */
 export type Outcome = 'stored' | 'misplaced' | 'duplicate' | 'quarantined' | 'dropped' | 'absent'
@@ -57,7 +57,10 @@ const wrongColumns = (decoded: DecodedEntry, row: StoredRow) =>
     : wrongEventColumns((decoded as { event: EventRow }).event, row)
 
 /** Reads all rows that a page of entries may have made, and says of each entry what became of it. */
-export async function compareEntries<W extends Walk>(pool: Pool, page: Stretch<W>[]): Promise<Map<W, ComparedEntry[]>> {
+export async function compareEntries<W extends CallPlace>(
+  pool: Pool,
+  page: { walk: W; entries: Entry[] }[],
+): Promise<Map<W, ComparedEntry[]>> {
   const decoded = page.flatMap(({ walk, entries }) => {
     const lease = leaseFromStart(walk.callSid, walk.partition)
     return entries.map((entry) => {

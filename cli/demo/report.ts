@@ -1,8 +1,8 @@
 /** What the demo prints in the end, all of it read back from PostgreSQL. */
-import type { Pool } from '../shared/postgres.js'
-import { type Difference, KINDS, type Latency, type Report } from './compare.js'
-import { count } from './demo-shows.js'
-import { table } from './live-view.js'
+import type { Pool } from '../../shared/postgres.js'
+import { type Difference, KINDS, type Latency, type Report } from '../compare.js'
+import { table } from '../live-view.js'
+import { count } from './shows.js'
 
 /** The call's transcript as its row in call_sessions has it; the turns' table knows who was interrupted. */
 export async function transcriptOf(pool: Pool, callSid: string): Promise<string> {

@@ -7,13 +7,11 @@
  * with the number of calls (see scanStreams).
  */
 import { setTimeout as sleep } from 'node:timers/promises'
-import type { CallPlace } from '../shared/keys.js'
-import type { Pool } from '../shared/postgres.js'
-import type { RedisClient } from '../shared/redis.js'
-import { compareIds, decodeAlone, isEntryId, leaseFromStart } from './entries.js'
-import { type ComparedEntry, compareEntries, type EntryFacts, factsOf, type Outcome } from './verify-compare.js'
-import type { Finding, Report } from './verify-report.js'
-import { type CallState, pair, readCalls, rowsOfCall, TABLES, type Table } from './verify-rows.js'
+import { compareIds, isEntryId } from '../../shared/entry-ids.js'
+import type { CallPlace } from '../../shared/keys.js'
+import type { Pool } from '../../shared/postgres.js'
+import type { RedisClient } from '../../shared/redis.js'
+import { decodeAlone, leaseFromStart } from '../entries.js'
 import {
   readCursor,
   readEntriesById,
@@ -23,7 +21,10 @@ import {
   streamInfo,
   type Walk,
   type Window,
-} from './verify-streams.js'
+} from '../streams.js'
+import { type ComparedEntry, compareEntries, type EntryFacts, factsOf, type Outcome } from './compare.js'
+import type { Finding, Report } from './report.js'
+import { type CallState, pair, readCalls, rowsOfCall, TABLES, type Table } from './rows.js'
 
 const PAGE_CALLS = 200
 /** Pages that are worked on at once: while one waits for a store, the other is compared. */

@@ -1,10 +1,11 @@
 /** What the demo can play: the sample calls, or generated ones as a load. Each knows its progress and what must come of it. */
 import { setMaxListeners } from 'node:events'
-import type { Pool } from '../shared/postgres.js'
-import { type ExpectedCall, readLanded } from './compare.js'
-import { table } from './live-view.js'
-import { expectedCalls, newProgress, newRun, newRunId, playCalls } from './load.js'
-import { countDuplicates, expectedOf, lookAtSamples, type PlayedCall, playSample, sampleRun } from './sample-run.js'
+import type { Pool } from '../../shared/postgres.js'
+import { type ExpectedCall, readLanded } from '../compare.js'
+import { table } from '../live-view.js'
+import { expectedCalls, newProgress, newRun, newRunId, playCalls } from '../load.js'
+import { countDuplicates, expectedOf, lookAtSamples, type PlayedCall, playSample, sampleRun } from '../sample-run.js'
+import type { Ingest } from './client.js'
 
 export interface Show {
   /** What its call_sids begin with. */
@@ -33,8 +34,7 @@ export interface ShowProgress {
 }
 
 export interface Where {
-  ingestUrl: string
-  token: string | undefined
+  ingest: Ingest
   pool: Pool
 }
 
@@ -44,7 +44,7 @@ const STATE_WIDTH = 18
 
 export const count = (n: number) => n.toLocaleString('en-US')
 
-export function sampleShow({ ingestUrl, token, pool }: Where): Show {
+export function sampleShow({ ingest, pool }: Where): Show {
   const prefix = `demo-${newRunId()}-`
   const calls = sampleRun(prefix)
   const sum = (of: (call: PlayedCall) => number) => calls.reduce((all, call) => all + of(call), 0)
@@ -54,7 +54,7 @@ export function sampleShow({ ingestUrl, token, pool }: Where): Show {
     turns: sum((call) => call.turns),
     play: async (signal) => {
       setMaxListeners(0, signal) // each player listens
-      await Promise.all(calls.map((call) => playSample(call, ingestUrl, token, signal)))
+      await Promise.all(calls.map((call) => playSample(call, ingest, signal)))
     },
     look: () => lookAtSamples(pool, calls),
     progress: () => ({
@@ -82,7 +82,7 @@ export function sampleShow({ ingestUrl, token, pool }: Where): Show {
     expected: () => calls.map(expectedOf),
     refusals: () => calls.flatMap((call) => call.refusals),
     async repeats() {
-      const arrived = await countDuplicates(calls, ingestUrl, token)
+      const arrived = await countDuplicates(calls, ingest)
       return `${sum((call) => call.resent)} events were sent a second time, ${arrived} of them came to Redis a second time`
     },
   }
@@ -90,7 +90,7 @@ export function sampleShow({ ingestUrl, token, pool }: Where): Show {
 
 /** @param load.rate turns a second; absent: full speed */
 export function loadShow(
-  { ingestUrl, token, pool }: Where,
+  { ingest, pool }: Where,
   load: { calls: number; turns: number; rate?: number | undefined },
 ): Show {
   const run = newRun(load.calls, load.turns)
@@ -102,7 +102,7 @@ export function loadShow(
     calls: run.calls,
     turns,
     async play(signal) {
-      await playCalls([ingestUrl], { run, rate: load.rate, token, signal }, sent)
+      await playCalls(ingest, { run, rate: load.rate, signal }, sent)
     },
     async look() {
       landed = await readLanded(pool, run.prefix)

@@ -1,8 +1,8 @@
-/** verify's side of Redis: which calls there are, how far their streams go, and their entries, a page at a time. */
+/** The streams, for commands that read all of them (verify, replay): which there are, how far they go, and their entries, a page at a time. */
+import { compareIds } from '../shared/entry-ids.js'
 import { type CallPlace, GROUP, parseStreamKey, STREAM_PATTERN, sessionKey, streamKey } from '../shared/keys.js'
 import { mastersOf, type RedisClient } from '../shared/redis.js'
 import type { Entry } from '../sink/decode.js'
-import { compareIds } from './entries.js'
 
 /** Entries that are looked at together, and about how many bytes they may have. */
 const PAGE_ENTRIES = 1000
@@ -22,6 +22,8 @@ export interface Window {
 export interface Walk extends CallPlace {
   /** Where XRANGE goes on. */
   next: string
+  /** The first entry that is in the stream. */
+  first: string
   /** The last entry that is looked at: what comes later was not there when the stream was first looked at. */
   last: string
   /** About how many entries are left. */
@@ -68,7 +70,7 @@ export async function startWalk(client: RedisClient, name: CallPlace, window: Wi
   const said = await client.hget(sessionKey(name), 'bytes').catch(() => null)
   const bytesAnEntry = said === null ? UNKNOWN_BYTES : Math.ceil(Number(said) / info.length)
   const last = window.to === '+' || compareIds(info.last, window.to) < 0 ? info.last : window.to
-  return { ...name, next: window.from, last, left: info.length, bytesAnEntry }
+  return { ...name, next: window.from, first: info.first ?? info.last, last, left: info.length, bytesAnEntry }
 }
 
 interface StreamInfo {
@@ -100,14 +102,24 @@ export async function streamInfo(client: RedisClient, name: CallPlace): Promise<
 
 /** The last entry that is committed, as the sinks' group has it; 0-0 when there is no such group. */
 export async function readCursor(client: RedisClient, name: CallPlace): Promise<string> {
+  return (await readProgress(client, name)).cursor
+}
+
+/** @returns also how many entries are behind the cursor; undefined where Redis does not know */
+export async function readProgress(
+  client: RedisClient,
+  name: CallPlace,
+): Promise<{ cursor: string; behind: number | undefined }> {
   const groups = await client.xinfo('GROUPS', streamKey(name)).catch((error: Error) => {
     if (/no such key/.test(error.message)) return []
     throw error
   })
   for (const group of (groups as unknown[][]).map(named)) {
-    if (group.name === GROUP) return String(group['last-delivered-id'])
+    if (group.name !== GROUP) continue
+    const behind = group.lag === null ? undefined : Number(group.lag)
+    return { cursor: String(group['last-delivered-id']), behind }
   }
-  return '0-0'
+  return { cursor: '0-0', behind: undefined }
 }
 
 /** Takes as many walks from the front of `walks` as make up a page (one at least), and reads their next entries. */

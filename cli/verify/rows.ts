@@ -1,7 +1,7 @@
 /** verify's side of PostgreSQL: the rows that a page of entries must have made, and how they differ from what they must be. */
 import { isDeepStrictEqual } from 'node:util'
-import type { Pool } from '../shared/postgres.js'
-import { type EventRow, entryMs, storable, type TurnRow } from '../sink/decode.js'
+import type { Pool } from '../../shared/postgres.js'
+import { type EventRow, entryMs, storable, type TurnRow } from '../../sink/decode.js'
 
 /** All statements here find their rows by an index, however large or small the tables are. */
 export const READ_SETTINGS = { enable_seqscan: 'off', jit: 'off' }
