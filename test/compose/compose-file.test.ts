@@ -32,7 +32,7 @@ const environmentOf = (service: string) => {
 
 test('all_services_are_there', () => {
   expect([...services.keys()]).toEqual([
-    ...['redis', 'postgres', 'migrate', 'ingest', 'sink', 'prometheus', 'grafana-user', 'grafana', 'demo'],
+    ...['redis', 'postgres', 'migrate', 'ingest', 'sink', 'prometheus', 'grafana-user', 'grafana', 'demo', 'calltape'],
   ])
 })
 
@@ -86,7 +86,7 @@ test('every_variable_of_the_example_is_used', () => {
   }
 })
 
-test.each(['migrate', 'ingest', 'sink', 'demo'])('%s_is_given_only_what_calltape_knows', (service) => {
+test.each(['migrate', 'ingest', 'sink', 'demo', 'calltape'])('%s_is_given_only_what_calltape_knows', (service) => {
   const given = environmentOf(service)
   expect(given).toContain('DATABASE_URL')
   expect(Object.keys(givenEnvironment(Object.fromEntries(given.map((name) => [name, 'x'])))).sort()).toEqual(
