@@ -1,6 +1,7 @@
 /** `calltape erase CALL_SID…`: removes calls everywhere, and says what it removed. */
 import { existsSync } from 'node:fs'
 import { join } from 'node:path'
+import { setTimeout as sleep } from 'node:timers/promises'
 import { type Config, givenEnvironment, OperatorError, readConfig } from '../shared/config.js'
 import { createLog } from '../shared/log.js'
 import { createPool } from '../shared/postgres.js'
@@ -23,6 +24,7 @@ export interface EraseOptions {
   data: string
 }
 
+const REWRITE_POLL_MS = 250
 /** What no command reaches. */
 const BEYOND = `Not reached: backups of Redis, PostgreSQL and archives; Redis' append-only file until it is rewritten (--rewrite-aof);
 PostgreSQL's WAL and dead rows until they are recycled and vacuumed; spools and archives on other machines: run it there, too. Metrics name no calls; logs have no text, and numbers masked.`
@@ -40,6 +42,7 @@ export async function erase(callSids: string[], options: EraseOptions): Promise<
     dryRun: options.dryRun ?? false,
     waitMs: options.wait * 1000,
   }
+  let notRewritten: unknown
   const outcomes = await eraseCalls(
     callSids,
     config,
@@ -47,13 +50,17 @@ export async function erase(callSids: string[], options: EraseOptions): Promise<
     options.archive,
     spoolOf(config, options.data),
     async (redis) => {
-      if (options.rewriteAof && !run.dryRun) await rewriteAof(redis)
+      if (!options.rewriteAof || run.dryRun) return
+      await rewriteAof(redis, run.waitMs).catch((error: unknown) => {
+        notRewritten = error // what was removed is to be said first
+      })
     },
   )
   if (options.json) console.log(JSON.stringify({ calls: outcomes.map(asJson) }, null, 2))
   else print(outcomes, run)
   const isDone = outcomes.every(({ state }) => state === 'erased' || (run.dryRun && state === 'found'))
   process.exitCode = isDone ? 0 : 1
+  if (notRewritten) throw notRewritten
 }
 
 /** @param afterwards once nothing more is to be removed */
@@ -92,12 +99,21 @@ function spoolOf(config: Config, data: string): string | undefined {
   return existsSync(ofStack) ? ofStack : undefined
 }
 
-/** It goes on in the background; one that is going on already may have begun too early, and Redis says so. */
-async function rewriteAof(redis: RedisClient): Promise<void> {
+/** It goes on in the background. One that is going on already may have begun too early: its end is waited for. */
+async function rewriteAof(redis: RedisClient, waitMs: number): Promise<void> {
+  const deadline = Date.now() + waitMs
   for (const node of mastersOf(redis)) {
-    await node.bgrewriteaof().catch((error: Error) => {
-      throw new OperatorError(`the calls are erased, but Redis does not rewrite its append-only file: ${error.message}`)
-    })
+    for (let isBegun = false; !isBegun; ) {
+      const refusal = await node.bgrewriteaof().then(
+        () => undefined,
+        (error: Error) => error.message,
+      )
+      isBegun = refusal === undefined
+      if (isBegun) continue
+      if (!/in progress/.test(refusal!) || Date.now() > deadline)
+        throw new OperatorError(`Redis does not rewrite its append-only file: ${refusal}`)
+      await sleep(REWRITE_POLL_MS)
+    }
   }
 }
 

@@ -62,6 +62,7 @@ function ask(
       response.on('data', (chunk: string) => {
         text += chunk
       })
+      response.on('error', (error) => resolve({ status: 0, text: reasonOf(error) }))
       response.on('end', () => resolve({ status: response.statusCode ?? 0, text: text.trimEnd() }))
     })
     request.on('timeout', () => request.destroy(new Error(`no answer within ${TIMEOUT_MS} ms`)))

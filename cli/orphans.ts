@@ -5,7 +5,7 @@ import { createLog, reasonOf } from '../shared/log.js'
 import { connectRedis, type RedisClient, readPartitions } from '../shared/redis.js'
 import { Leases } from '../sink/lease.js'
 import { isAdoptable, type Orphan, OrphanSearch } from '../sink/orphans.js'
-import { createLiveView, table } from './live-view.js'
+import { createLiveView, keepDrawing, number, table } from './live-view.js'
 import { runningStack } from './stack.js'
 
 export interface OrphansOptions {
@@ -17,8 +17,6 @@ export interface OrphansOptions {
 }
 
 const MOST_SHOWN = 100
-const TTY_DRAW_MS = 100
-const LINE_DRAW_MS = 3000
 
 interface Listed {
   kind: string
@@ -74,7 +72,7 @@ async function findAll(config: Config, isAdopting: boolean): Promise<{ listed: L
 
 async function adopt(search: OrphanSearch, leases: Leases, orphan: Orphan, idleMs: number): Promise<boolean> {
   if (!isAdoptable(orphan)) return false
-  // Its end is said in a stream made anew, on the way of all strays; one that has ended only waits for its retention.
+  // Its end is said in a stream made anew, on the way of all strays; one that was presumed over only waits for its retention.
   const { kind, place } = orphan
   if (kind === 'lost_stream' && (await leases.end(place.callSid))) return true
   return search.adopt(orphan, idleMs)
@@ -108,7 +106,6 @@ function describe(listed: Listed[], streams: number, isAdopting: boolean): strin
 
 /** A foreign name may hold anything. */
 const printable = (key: string) => JSON.stringify(key).slice(1, -1)
-const number = (n: number) => n.toLocaleString('en-US')
 
 function inWords(seconds: number): string {
   if (seconds < 120) return `${seconds} s ago`
@@ -118,15 +115,8 @@ function inWords(seconds: number): string {
 
 /** @returns stops it */
 function showProgress(search: OrphanSearch, listed: Listed[]): () => void {
-  const view = createLiveView(process.stderr)
-  const draw = () => {
+  return keepDrawing(createLiveView(process.stderr), () => {
     const { keys, streams } = search.census
-    const line = `${number(keys)} keys, ${number(streams)} streams, ${number(listed.length)} orphans`
-    view.draw(line, line)
-  }
-  const timer = setInterval(draw, process.stderr.isTTY ? TTY_DRAW_MS : LINE_DRAW_MS)
-  return () => {
-    clearInterval(timer)
-    view.done()
-  }
+    return `${number(keys)} keys, ${number(streams)} streams, ${number(listed.length)} orphans`
+  })
 }

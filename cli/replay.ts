@@ -131,11 +131,13 @@ class Run {
     const bytes = await archiveStreams(path, { redis, partitions, scope, report, pace, signal })
     this.progress.done()
     const { calls, entries } = report
+    const gone = report.goneCalls.size
     const seconds = (performance.now() - began) / 1000
     if (this.options.json)
-      return JSON.stringify({ calls, entries, bytes: bytes ?? null, seconds, stopped: bytes === undefined })
+      return JSON.stringify({ calls, entries, gone, bytes: bytes ?? null, seconds, stopped: bytes === undefined })
     if (bytes === undefined) return 'Stopped before the end: there is no archive.'
-    return `${number(calls)} calls, ${number(entries)} entries, ${number(bytes)} bytes: ${path}`
+    const cutOff = gone === 0 ? '' : ` (${number(gone)} calls went from Redis meanwhile, and may be cut off there)`
+    return `${number(calls)} calls, ${number(entries)} entries, ${number(bytes)} bytes: ${path}${cutOff}`
   }
 
   private async intoPostgres(began: number): Promise<void> {

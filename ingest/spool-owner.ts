@@ -71,6 +71,7 @@ export class SpoolOwner {
     })
     if (id !== this.id) throw new OwnershipLost()
   }
+
   /** Says from now on that somebody uses the spool. */
   use(): void {
     const sign = async () => {

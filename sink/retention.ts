@@ -87,11 +87,11 @@ export class Retention {
     try {
       let purged = 0
       for (let isMore = true; isMore && !signal?.aborted; ) {
-        const { calls, claimed } = await this.collect(signal)
-        isMore = claimed > 0
-        purged += await this.purge(calls)
+        const collected = await this.collect(signal)
+        isMore = collected.isMore
+        purged += await this.purge(collected.calls)
+        metrics.shared.keptCalls.set([...this.keptIn.values()].reduce((sum, n) => sum + n, 0))
       }
-      metrics.shared.keptCalls.set([...this.keptIn.values()].reduce((sum, n) => sum + n, 0))
       return purged
     } catch (error) {
       if (!signal?.aborted) metrics.purgeFailures.inc()
@@ -100,18 +100,22 @@ export class Retention {
   }
 
   /** Claims calls that may go: a page, or as many as make up an archive, which is then on the disk. */
-  private async collect(signal: AbortSignal | undefined): Promise<{ calls: Claimed[]; claimed: number }> {
+  private async collect(signal: AbortSignal | undefined): Promise<{ calls: Claimed[]; isMore: boolean }> {
     const { archiveDir } = this.settings
-    if (archiveDir === undefined) return this.nextPage()
+    if (archiveDir === undefined) {
+      const { calls, claimed } = await this.nextPage()
+      return { calls, isMore: claimed > 0 }
+    }
     const calls: Claimed[] = []
     const deadline = performance.now() + Math.min(ARCHIVE_MS, this.settings.claimMs / 4)
     let file: ArchiveFile | undefined
-    let claimed = 0
+    // What comes up while an archive is being finished waits for the next round: else each few calls would get one of their own.
+    let isMore = true
     try {
       while (!signal?.aborted && performance.now() < deadline && (file?.bytes ?? 0) < ARCHIVE_BYTES) {
         const page = await this.nextPage()
-        if (page.claimed === 0) break
-        claimed += page.claimed
+        isMore = page.claimed > 0
+        if (!isMore) break
         for (const call of page.calls) {
           if (call.last !== '') {
             file ??= await ArchiveFile.create(archiveDir)
@@ -129,7 +133,7 @@ export class Retention {
       this.context.metrics.archived.inc(file.entries)
       this.context.log.info({ archive: file.path, calls: calls.length, entries: file.entries }, 'archived final calls')
     }
-    return { calls, claimed }
+    return { calls, isMore }
   }
 
   /** A page of claimed calls that may go, as fast as pages may follow one another; those that have to stay are noted. */
@@ -180,9 +184,9 @@ export class Retention {
     }
     if (performance.now() - this.saidKeptAt < KEPT_MS) return
     this.saidKeptAt = performance.now()
-    const example = calls[0]!.callSid
+    const { callSid } = calls[0]!
     this.context.log.warn(
-      { calls: calls.length, example },
+      { calls: calls.length, callSid },
       'calls past STREAM_RETENTION stay in Redis, for PostgreSQL has not all of them (calltape_sink_kept_calls says how many): ' +
         '`calltape replay` stores them again, `calltape orphans --adopt` what no sink has read, `calltape erase` removes a call',
     )

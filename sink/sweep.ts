@@ -66,13 +66,13 @@ export class Sweep {
     const search = new OrphanSearch(this.context.redis, this.partitions, this.pace)
     const orphans = new Map<OrphanKind, number>()
     const named: string[] = []
-    for await (const { kind, key } of search.run(signal)) {
+    for await (const { kind, place } of search.run(signal)) {
       orphans.set(kind, (orphans.get(kind) ?? 0) + 1)
-      if (named.length < MOST_NAMED) named.push(key)
+      if (named.length < MOST_NAMED) named.push(place.callSid)
     }
     if (orphans.size > 0 && !signal?.aborted) {
       const found = Object.fromEntries(orphans)
-      this.context.log.warn({ found, keys: named }, 'keys that nobody works on: see `calltape orphans`')
+      this.context.log.warn({ found, callSids: named }, 'keys that nobody works on: see `calltape orphans`')
     }
     return { streams: search.census.streams, bytes: search.census.bytes, orphans }
   }

@@ -56,6 +56,16 @@ test('an_archive_has_every_entry_of_what_is_removed', async () => {
   for (const sid of sids) expect(await tracesOf(calls, sid)).toEqual([])
 })
 
+test('what_comes_up_while_an_archive_is_written_waits_for_the_next_round', async () => {
+  await finalCall(calls)
+  let next: Promise<string> | undefined
+  const redis = beforePurge(calls.stack.redis.client, () => (next ??= finalCall(calls)))
+  expect(await retentionOf(calls, { archiveDir }, { redis }).round()).toBe(1)
+  expect(await readdir(archiveDir)).toHaveLength(1)
+  expect(await retentionOf(calls, { archiveDir }).round()).toBe(1)
+  expect(await readdir(archiveDir)).toHaveLength(2)
+})
+
 test('what_is_not_utf8_comes_out_of_the_archive_as_it_was', async () => {
   const sid = await finalCall(calls)
   await calls.foreign(sid, [['e', Buffer.from([0xff, 0xfe])]])

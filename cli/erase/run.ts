@@ -100,15 +100,13 @@ export class Erasure {
   }
 
   private async eraseAll(meant: Outcome[]): Promise<void> {
-    const archives = new Set<Outcome>()
     for (let round = 0; ; round++) {
       await this.eraseSpool(meant)
       for (const outcome of meant) await this.eraseRedis(outcome, round > 0)
       const begun = meant.filter(({ state }) => state !== 'live')
       for (const outcome of begun) await this.awaitSink(outcome)
       for (const outcome of begun) this.addRows(outcome.tally, await eraseInPostgres(this.stores.pool, outcome.callSid))
-      if (archives.size === 0) await finishArchives(this.stores.archives.dir, this.deadline)
-      for (const outcome of begun) archives.add(outcome)
+      if (round === 0) await finishArchives(this.stores.archives.dir, this.deadline)
       await this.eraseArchives(begun)
       for (const outcome of begun) outcome.left = new Tally()
       await this.look(begun, 'left')

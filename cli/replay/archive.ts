@@ -68,6 +68,7 @@ async function writeStreams(writer: ArchiveWriter, archiving: Archiving): Promis
           stretch = (await readPage(redis, [stretch.walk]))[0]!
         }
         if (entries === 0) continue
+        if ((await redis.exists(streamKey(stretch.walk))) === 0) report.goneCalls.add(stretch.walk.callSid)
         await writer.endCall(stretch.walk.callSid, entries)
         report.calls++
       }

@@ -39,6 +39,9 @@ export function readScope(options: ReplayOptions): { callSid: string | undefined
   if (all && (call !== undefined || hasWindow)) {
     throw new OperatorError('--all means every call and all of it: it does not go with --call, --from or --to')
   }
+  if (dryRun && options.rate !== undefined) {
+    throw new OperatorError('--dry-run stores nothing: it does not go with --rate')
+  }
   if (archive !== undefined) {
     for (const [name, given] of Object.entries({
       '--dry-run': dryRun,

@@ -18,8 +18,7 @@ export interface PaceOptions {
 }
 
 export class Pace {
-  private readonly started = performance.now()
-  private entries = 0
+  private dueAt = performance.now()
   private nextLookAt = 0
   /** Nobody works on what arrives: it is not waited for until it has been worked on. */
   private isGivenUp = false
@@ -32,10 +31,10 @@ export class Pace {
     await this.giveWay()
     const { rate, signal } = this.options
     if (rate !== undefined) {
-      const dueAt = this.started + (this.entries / rate) * 1000
-      await sleep(Math.max(0, dueAt - performance.now()), undefined, { signal }).catch(ignoreAbort)
+      await sleep(Math.max(0, this.dueAt - performance.now()), undefined, { signal }).catch(ignoreAbort)
+      // The time in which it gave way is not made up for: so soon the sinks have other things to do.
+      this.dueAt = Math.max(this.dueAt, performance.now()) + (entries / rate) * 1000
     }
-    this.entries += entries
   }
 
   private async giveWay(): Promise<void> {

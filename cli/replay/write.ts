@@ -106,7 +106,7 @@ export class ReplayWriter {
 
   /** Stores what is left. */
   async finish(): Promise<void> {
-    for (const filling of [this.fresh, this.mixed]) if (filling.entries > 0) await this.begin(filling)
+    for (const filling of [this.fresh, this.mixed]) if (filling.pieces.length > 0) await this.begin(filling)
     ;[this.fresh, this.mixed] = [new Filling(), new Filling()]
     await this.inHand()
   }
@@ -148,7 +148,12 @@ export class ReplayWriter {
     const places = new Map(pieces.map((piece) => [piece.callSid, piece]))
     const found = await Promise.all(
       [...places].map(async ([callSid, piece]) => ((await redis!.exists(streamKey(piece))) === 1 ? [] : [callSid])),
-    )
+    ).catch((error: Error) => {
+      const reason = reasonOf(error)
+      throw new OperatorError(`Redis cannot be asked: ${reason}. Run it again: it goes on where it was`, {
+        cause: error,
+      })
+    })
     const gone = found.flat()
     if (gone.length > 0) throw new Gone(new Set(gone))
   }
@@ -166,6 +171,7 @@ export class ReplayWriter {
     try {
       await this.write(decodePieces(pieces), pieces)
     } catch (error) {
+      if (error instanceof OperatorError) throw error
       if (error instanceof Gone) return await this.storeTheOthers(pieces, error)
       const verdict = verdictOn(error)
       const [only] = pieces
