@@ -260,6 +260,8 @@ async function* decompressed(path: string, tell: (bytes: number) => void): Async
   const transform = codec(path).decompress()
   let out: Buffer[] = []
   transform.on('data', (data: Buffer) => out.push(data))
+  let hasEnded = false // zstd says so as soon as its frame has ended, before it is told that no more comes
+  transform.on('end', () => (hasEnded = true))
   const failed = new Promise<never>((_, reject) => transform.on('error', reject))
   failed.catch(() => undefined) // told by whoever waits next
   let [bytes, failure]: [number, unknown] = [0, undefined]
@@ -276,7 +278,7 @@ async function* decompressed(path: string, tell: (bytes: number) => void): Async
       bytes += chunk.length
       tell(bytes)
     }
-    yield* await step((done) => transform.once('end', done).end())
+    yield* await step((done) => (hasEnded ? done() : transform.once('end', done).end()))
     if (failure) throw failure
   } finally {
     transform.destroy()
