@@ -17,7 +17,7 @@
 import { randomBytes } from 'node:crypto'
 import { open, readFile, rename, stat, utimes } from 'node:fs/promises'
 import { join } from 'node:path'
-import { syncDirectory } from './spool-segment.js'
+import { syncDirectory } from '../shared/sync-directory.js'
 
 /** Says it loudly enough for a log line and for the answer to a producer. */
 export class OwnershipLost extends Error {

@@ -4,8 +4,9 @@ import { join } from 'node:path'
 import { parseEvent, Refusal } from '../shared/events.js'
 import type { Logger } from '../shared/log.js'
 import type { IngestMetrics } from '../shared/metrics.js'
+import { syncDirectory } from '../shared/sync-directory.js'
 import type { Origin, Sender } from './append.js'
-import { FILE_MODE, readRecords, type Segment, syncDirectory } from './spool-segment.js'
+import { FILE_MODE, readRecords, type Segment } from './spool-segment.js'
 
 const REFUSED_FILE = 'refused.ndjson'
 

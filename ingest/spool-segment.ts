@@ -9,10 +9,11 @@
  * has another CRC was changed by something else.
  */
 import { createReadStream, existsSync } from 'node:fs'
-import { mkdir, open, readdir, stat } from 'node:fs/promises'
+import { mkdir, readdir, stat } from 'node:fs/promises'
 import { dirname, join } from 'node:path'
 import { crc32 } from 'node:zlib'
 import { parseJson } from '../shared/events.js'
+import { syncDirectory } from '../shared/sync-directory.js'
 
 export interface Segment {
   path: string
@@ -86,16 +87,6 @@ export function decodeRecord(line: Buffer): unknown[] | undefined {
 }
 
 const crcOf = (json: Buffer) => crc32(json).toString(16).padStart(CRC_CHARS, '0')
-
-/** Makes what was created, renamed or removed in a directory outlive a power failure. */
-export async function syncDirectory(path: string): Promise<void> {
-  const directory = await open(path, 'r')
-  try {
-    await directory.sync()
-  } finally {
-    await directory.close()
-  }
-}
 
 /** Made level by level, so that each one outlives a power failure (and because mkdir's `recursive` never ends below /proc). */
 export async function createDirectory(directory: string): Promise<void> {

@@ -1,7 +1,8 @@
 /** Writes records into segments and makes them durable. One write at a time: the caller sees to that. */
 import { type FileHandle, open, stat, unlink } from 'node:fs/promises'
 import { join } from 'node:path'
-import { FILE_MODE, type Segment, segmentName, syncDirectory } from './spool-segment.js'
+import { syncDirectory } from '../shared/sync-directory.js'
+import { FILE_MODE, type Segment, segmentName } from './spool-segment.js'
 
 /** Small records go to the system together. */
 const CHUNK_BYTES = 1024 * 1024

@@ -6,7 +6,8 @@ import { OperatorError } from '../shared/config.js'
 import { crashPoint } from '../shared/crash.js'
 import { reasonOf } from '../shared/log.js'
 import type { RedisClient } from '../shared/redis.js'
-import { ArchiveWriter, syncFolder } from './archive.js'
+import { syncDirectory } from '../shared/sync-directory.js'
+import { ArchiveWriter } from './archive.js'
 import { type Claimed, readClaimed } from './claimed.js'
 
 /** What a line has beside the event. */
@@ -81,7 +82,7 @@ export class ArchiveFile {
     await this.writer.close()
     crashPoint('before-archived')
     await rename(this.unfinished, this.path)
-    await syncFolder(this.dir)
+    await syncDirectory(this.dir)
     crashPoint('after-archived')
   }
 

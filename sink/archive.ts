@@ -15,6 +15,7 @@ import * as zlib from 'node:zlib'
 import { isBug, OperatorError } from '../shared/config.js'
 import { isEntryId } from '../shared/entry-ids.js'
 import { reasonOf } from '../shared/log.js'
+import { syncDirectory } from '../shared/sync-directory.js'
 import { fieldsFromJson, fieldToJson, type RawField } from './raw-fields.js'
 
 export interface ArchivedEntry {
@@ -112,7 +113,7 @@ export class ArchiveWriter {
       this.head.end()
       await this.written
       await this.file.datasync()
-      await syncFolder(dirname(this.path))
+      await syncDirectory(dirname(this.path))
     } catch (error) {
       throw this.notWritten(error as Error)
     } finally {
@@ -136,12 +137,6 @@ export class ArchiveWriter {
   private notWritten(error: Error): OperatorError {
     return new OperatorError(`the archive ${this.path} cannot be written: ${reasonOf(error)}`, { cause: error })
   }
-}
-
-/** A file's name is its folder's data. */
-export async function syncFolder(path: string): Promise<void> {
-  const folder = await open(path, 'r')
-  await folder.sync().finally(() => folder.close())
 }
 
 /**

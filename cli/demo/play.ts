@@ -3,10 +3,10 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import { type DatabaseConfig, givenEnvironment, readConfig } from '../../shared/config.js'
 import { createPool, type Pool } from '../../shared/postgres.js'
 import { readLatency, verifyCalls } from '../compare.js'
-import type { LiveView } from '../live-view.js'
+import { type LiveView, number } from '../live-view.js'
 import { Patience } from '../patience.js'
 import { isClean, sessionTable, transcriptOf, verdict } from './report.js'
-import { count, loadShow, type Show, sampleShow } from './shows.js'
+import { loadShow, type Show, sampleShow } from './shows.js'
 
 /** Where the demo plays. */
 export interface Stage {
@@ -46,7 +46,7 @@ export async function playAndCheck(stage: Stage, play: Play, view: LiveView, sig
     const where = { ingest: { url: stage.ingestUrl, token: readConfig().INGEST_TOKENS[0], patience }, pool }
     const { calls, turns, rate } = play
     const show = calls === undefined ? sampleShow(where) : loadShow(where, { calls, turns, rate })
-    view.say(`Playing ${count(show.calls)} calls with ${count(show.turns)} turns to ${stage.ingestUrl}:`)
+    view.say(`Playing ${number(show.calls)} calls with ${number(show.turns)} turns to ${stage.ingestUrl}:`)
     const isComplete = await watch(show, stage, patience, view, signal)
     view.done()
     if (!isComplete) console.log('\nNothing has happened for a while, although not every call is finalized: giving up.')
@@ -88,7 +88,7 @@ async function watch(
       const progress = show.progress()
       if (landedMs === undefined && progress.inPostgres === show.turns) landedMs = now - began
       const speed = (progress.inPostgres / (landedMs ?? now - began)) * 1000
-      draw(show, `${count(Math.round(speed))} turns/s, ${lag}`, now - began, view)
+      draw(show, `${number(Math.round(speed))} turns/s, ${lag}`, now - began, view)
       if (played && progress.finalized === show.calls) return true
 
       const state = JSON.stringify(progress)
@@ -104,8 +104,8 @@ async function watch(
 
 function draw(show: Show, pace: string, elapsedMs: number, view: LiveView): void {
   const { sent, acked, inPostgres, finalized } = show.progress()
-  const turns = `${count(sent)} of ${count(show.turns)} turns sent, ${count(acked)} acked, ${count(inPostgres)} in PostgreSQL`
-  const calls = `${count(finalized)} of ${count(show.calls)} calls finalized`
+  const turns = `${number(sent)} of ${number(show.turns)} turns sent, ${number(acked)} acked, ${number(inPostgres)} in PostgreSQL`
+  const calls = `${number(finalized)} of ${number(show.calls)} calls finalized`
   const line = `${turns}; ${calls}; ${pace}`
   view.draw(
     `\n${show.screen()}\n\n  ${turns}\n  ${calls}; ${pace}\n`,

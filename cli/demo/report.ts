@@ -1,8 +1,7 @@
 /** What the demo prints in the end, all of it read back from PostgreSQL. */
 import type { Pool } from '../../shared/postgres.js'
 import { type Difference, KINDS, type Latency, type Report } from '../compare.js'
-import { table } from '../live-view.js'
-import { count } from './shows.js'
+import { number, table } from '../live-view.js'
 
 /** The call's transcript as its row in call_sessions has it; the turns' table knows who was interrupted. */
 export async function transcriptOf(pool: Pool, callSid: string): Promise<string> {
@@ -68,15 +67,15 @@ export async function sessionTable(pool: Pool, prefix: string): Promise<string> 
 export function verdict(report: Report, refusals: string[], repeats: string, latency: Latency | undefined): string {
   const { counts } = report
   const numbers: [string, string][] = [
-    ['calls', count(report.calls)],
-    ['turns sent', count(report.turns)],
-    ['rows', count(report.rows)],
-    ['missing', count(counts.missing)],
-    ['doubled', `${count(counts.doubled)}   (${repeats})`],
-    ['changed', count(counts.changed)],
-    ['out of order', count(counts['out of order'])],
-    ['unexpected', count(counts.unexpected)],
-    ['wrong call rows', count(counts['call row'])],
+    ['calls', number(report.calls)],
+    ['turns sent', number(report.turns)],
+    ['rows', number(report.rows)],
+    ['missing', number(counts.missing)],
+    ['doubled', `${number(counts.doubled)}   (${repeats})`],
+    ['changed', number(counts.changed)],
+    ['out of order', number(counts['out of order'])],
+    ['unexpected', number(counts.unexpected)],
+    ['wrong call rows', number(counts['call row'])],
   ]
   const lines = ['Every turn compared with what was sent:', '']
   for (const [name, value] of numbers) lines.push(`  ${name.padEnd(18)}${value}`)
@@ -95,7 +94,7 @@ export function verdict(report: Report, refusals: string[], repeats: string, lat
   lines.push('', 'SOMETHING IS WRONG:', ...refusals.map((refusal) => `  refused: ${refusal}`))
   lines.push(...report.differences.map((difference) => `  ${describe(difference)}`))
   const more = KINDS.reduce((sum, kind) => sum + counts[kind], 0) - report.differences.length
-  if (more > 0) lines.push(`  … and ${count(more)} more`)
+  if (more > 0) lines.push(`  … and ${number(more)} more`)
   return lines.join('\n')
 }
 

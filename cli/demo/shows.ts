@@ -2,7 +2,7 @@
 import { setMaxListeners } from 'node:events'
 import type { Pool } from '../../shared/postgres.js'
 import { type ExpectedCall, readLanded } from '../compare.js'
-import { table } from '../live-view.js'
+import { number, table } from '../live-view.js'
 import { expectedCalls, newProgress, newRun, newRunId, playCalls } from '../load.js'
 import { countDuplicates, expectedOf, lookAtSamples, type PlayedCall, playSample, sampleRun } from '../sample-run.js'
 import type { Ingest } from './client.js'
@@ -41,8 +41,6 @@ export interface Where {
 const BAR_WIDTH = 60
 /** As wide as the longest state, so that the columns stand still. */
 const STATE_WIDTH = 18
-
-export const count = (n: number) => n.toLocaleString('en-US')
 
 export function sampleShow({ ingest, pool }: Where): Show {
   const prefix = `demo-${newRunId()}-`
@@ -118,6 +116,6 @@ export function loadShow(
     },
     expected: () => expectedCalls(run),
     refusals: () => sent.refusals,
-    repeats: async () => `${count(sent.resent)} events were sent a second time`,
+    repeats: async () => `${number(sent.resent)} events were sent a second time`,
   }
 }

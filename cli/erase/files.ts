@@ -3,7 +3,7 @@ import { randomBytes } from 'node:crypto'
 import { createReadStream } from 'node:fs'
 import { type FileHandle, open, readdir, rename, rm, stat } from 'node:fs/promises'
 import { basename, dirname, join } from 'node:path'
-import { syncDirectory } from '../../ingest/spool-segment.js'
+import { syncDirectory } from '../../shared/sync-directory.js'
 
 /** How many of what were found, by call. */
 export type Counts = Map<string, number>

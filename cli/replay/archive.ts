@@ -4,7 +4,8 @@ import { basename, dirname, join } from 'node:path'
 import { OperatorError } from '../../shared/config.js'
 import { type Partitions, streamKey } from '../../shared/keys.js'
 import type { RedisClient } from '../../shared/redis.js'
-import { type ArchivedEntry, ArchiveWriter, syncFolder } from '../../sink/archive.js'
+import { syncDirectory } from '../../shared/sync-directory.js'
+import { type ArchivedEntry, ArchiveWriter } from '../../sink/archive.js'
 import type { Entry } from '../../sink/decode.js'
 import { readPage, type Stretch, startWalk, type Walk } from '../streams.js'
 import type { ReplayReport } from './report.js'
@@ -45,7 +46,7 @@ export async function archiveStreams(path: string, archiving: Archiving): Promis
   }
   if (!isWhole) return undefined
   await rename(unfinished, path)
-  await syncFolder(dirname(path))
+  await syncDirectory(dirname(path))
   return (await stat(path)).size
 }
 
