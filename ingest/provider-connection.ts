@@ -36,7 +36,8 @@ export class ProviderConnection implements Connection {
     this.metrics.connections.inc()
   }
 
-  accept(text: string | undefined): void {
+  accept(given: Buffer | undefined): void {
+    const text = given?.toString('utf8')
     if (text !== undefined && AUDIO.test(text)) {
       this.dropAudio()
       return

@@ -10,8 +10,8 @@ import { CLOSE_GOING_AWAY, CLOSE_OVERLOADED, CLOSE_REFUSED, type Socket } from '
 /** What a WebSocket's events are handed to. */
 export interface Connection {
   opened(): void
-  /** @param text undefined for a binary message */
-  accept(text: string | undefined): void
+  /** @param message UTF-8, valid during the call only; undefined for a binary message */
+  accept(message: Buffer | undefined): void
   closed(code: number): void
 }
 
@@ -228,7 +228,7 @@ function webSockets(
       connection.opened()
     },
     message(ws, message, isBinary) {
-      ws.getUserData().connection?.accept(isBinary ? undefined : Buffer.from(message).toString('utf8'))
+      ws.getUserData().connection?.accept(isBinary ? undefined : Buffer.from(message))
     },
     close(ws, code) {
       open.delete(ws)

@@ -6,6 +6,7 @@ import { randomUUID } from 'node:crypto'
 import { type CallEvent, type ConnectionChanged, parseEvent, parseJson, Refusal } from '../shared/events.js'
 import type { IngestMetrics } from '../shared/metrics.js'
 import type { Appender, Origin } from './append.js'
+import { splitMessage } from './split-message.js'
 
 export interface Socket {
   send(message: string): void
@@ -58,25 +59,16 @@ export class StreamConnection implements Origin {
     if (!this.ended) this.record('call.disconnected', `closed with ${code}`)
   }
 
-  /** @param text one event or an array of events, as JSON; undefined for a message that is not text */
-  accept(text: string | undefined): void {
+  /** @param given one event or an array of events, as JSON in UTF-8; undefined for a message that is not text */
+  accept(given: Buffer | undefined): void {
     // Before anything is taken: clients that come back to a full queue with all that was not acked must not fill it further.
     if (this.appender.isFull) {
       this.closeOverloaded()
       return
     }
-    const message = text === undefined ? new Refusal('not_text', 'an event is sent as a text message') : parseJson(text)
-    if (message instanceof Refusal) {
-      this.refuse(++this.received, message) // what it held cannot be known: it counts as one event
-    } else if (Array.isArray(message)) {
-      for (const given of message) {
-        // However many there are: nobody will be told what became of them.
-        if (!this.open || this.isOverWindow || this.appender.isFull) break
-        this.acceptEvent(given)
-      }
-    } else {
-      this.acceptEvent(message, text)
-    }
+    const events = given && splitMessage(given)
+    if (events) for (const { value, json } of events) this.acceptNext(value, json)
+    else this.acceptWhole(given?.toString('utf8'))
     if (this.isOverWindow) {
       const reason = `more than ${this.options.window} events unacknowledged`
       this.socket.close(CLOSE_WINDOW_EXCEEDED, reason)
@@ -84,6 +76,23 @@ export class StreamConnection implements Origin {
       this.closeOverloaded()
     }
     this.sendAck()
+  }
+
+  private acceptWhole(text: string | undefined): void {
+    const message = text === undefined ? new Refusal('not_text', 'an event is sent as a text message') : parseJson(text)
+    if (message instanceof Refusal) {
+      this.refuse(++this.received, message) // what it held cannot be known: it counts as one event
+    } else if (Array.isArray(message)) {
+      for (const each of message) this.acceptNext(each)
+    } else {
+      this.acceptEvent(message, text)
+    }
+  }
+
+  /** One of many. @param json as it was given */
+  private acceptNext(given: unknown, json?: string): void {
+    // However many there are behind it: nobody will be told what became of them.
+    if (this.open && !this.isOverWindow && !this.appender.isFull) this.acceptEvent(given, json)
   }
 
   private closeOverloaded(): void {
@@ -94,7 +103,7 @@ export class StreamConnection implements Origin {
     return this.received - this.through > this.options.window
   }
 
-  private acceptEvent(given: unknown, text?: string): void {
+  private acceptEvent(given: unknown, json?: string): void {
     const number = ++this.received
     const parsed = parseEvent(given, this.boundTo)
     if (parsed instanceof Refusal) {
@@ -102,7 +111,7 @@ export class StreamConnection implements Origin {
       return
     }
     if (parsed.event.type === 'call.ended' && parsed.event.call_sid === this.boundTo) this.ended = true
-    const payload = text === undefined || parsed.changed ? JSON.stringify(parsed.event) : text
+    const payload = json === undefined || parsed.changed ? JSON.stringify(parsed.event) : json
     this.appender.append(parsed.event, payload, this, number)
   }
 

@@ -303,7 +303,7 @@ describe('an ack', () => {
       options,
       createIngestMetrics(),
     )
-    connection.accept(JSON.stringify(numbers(6).map((seq) => turn('CA1', seq))))
+    connection.accept(Buffer.from(JSON.stringify(numbers(6).map((seq) => turn('CA1', seq)))))
     expect(waiting).toEqual([1, 2, 3, 4, 5, 6])
     const settle = (position: number, refusal?: Refusal) => {
       connection.settle(position, refusal)

@@ -273,7 +273,7 @@ test('what_an_adapter_cannot_cope_with_is_kept_as_it_is', async () => {
     },
   }
   const connection = new ProviderConnection('some', adapter, new Deliveries(appender), metrics, log)
-  for (const text of ['{"fails":0}', '{}', '{"fails":1}']) connection.accept(text)
+  for (const text of ['{"fails":0}', '{}', '{"fails":1}']) connection.accept(Buffer.from(text))
   expect(await untilStored(redis, 'CA1', 4)).toHaveLength(4)
   expect((await eventsOf(redis, 'CA1')).at(-1)).toMatchObject({ meta: { not_translated: '{"fails":1}' } })
 })
