@@ -18,6 +18,8 @@ import type { IngestMetrics } from '../shared/metrics.js'
 import { isNoScript, type Lane, lanesOf, type RedisClient, Script } from '../shared/redis.js'
 import { Batch } from './batch.js'
 import { FairQueue } from './fair-queue.js'
+import { ScriptCall } from './script-call.js'
+import { sessionNote } from './session.js'
 
 /** One batch that Redis executes and one that waits for it; more would only make batches smaller. */
 const MAX_IN_FLIGHT = 2
@@ -52,6 +54,8 @@ class LaneQueue {
   private readonly batches: Batch[] = []
   /** Made up into a batch only when one can be sent: until then whoever comes next gets his turn. */
   private readonly queue = new FairQueue()
+  /** Free for the next batches: their buffers are worth keeping. */
+  private readonly scriptCalls: ScriptCall[] = []
   /** Appends that are sent and not answered. */
   inFlight = 0
   private nextNumber = 1
@@ -71,14 +75,14 @@ class LaneQueue {
   }
 
   push(event: CallEvent, payload: string, origin: Origin, position: number): void {
-    this.queue.push(event, payload, origin, position)
+    this.queue.push(event.call_sid, payload, sessionNote(event), origin, position)
   }
 
   private nextBatch(): Batch {
     const batch = new Batch(this.nextNumber++)
-    this.queue.take(({ event, payload, origin, position }) => {
-      if (!batch.hasRoomFor(payload)) return false
-      batch.add(event, payload, origin, position, this.partitions)
+    this.queue.take((waiting) => {
+      if (!batch.hasRoomFor(waiting.payload)) return false
+      batch.add(waiting, this.partitions)
       return true
     })
     this.batches.push(batch)
@@ -105,17 +109,12 @@ class LaneQueue {
     const started = performance.now()
     const { idleTimeoutMs, disconnectGraceMs, confirm } = this.appender.options
     const knownApplied = this.batches[0]!.number - 1
-    const { keys, args } = batch.encode(
-      this.producerKey,
-      this.lane.wake,
-      knownApplied,
-      idleTimeoutMs,
-      disconnectGraceMs,
-    )
+    const call = this.scriptCalls.pop() ?? new ScriptCall()
+    batch.encode(call, this.producerKey, this.lane.wake, knownApplied, idleTimeoutMs, disconnectGraceMs)
     crashPoint('before-append')
     let reply: unknown
     try {
-      ;[reply] = await Promise.all([appendScript.runLoaded(this.client, keys, args), confirm?.(this.client)])
+      ;[reply] = await Promise.all([call.run(this.client, appendScript), confirm?.(this.client)])
     } catch (error) {
       this.inFlight--
       batch.isSent = false
@@ -126,6 +125,8 @@ class LaneQueue {
       return
     }
     crashPoint('after-append')
+    call.reset() // of one that failed, nobody knows what the socket still holds
+    this.scriptCalls.push(call)
     this.inFlight--
     this.failures = 0
     this.batches.splice(this.batches.indexOf(batch), 1)
@@ -223,7 +224,7 @@ export class Appender {
     const refusals = new Map(refused)
     const waiting = new Set<Origin>()
     let index = 0
-    for (const call of batch.calls.values()) {
+    for (const call of batch.calls) {
       index++
       const error = refusals.get(index)
       const refusal = error === undefined ? undefined : new Refusal('not_stored', `Redis refused the event: ${error}`)

@@ -1,13 +1,14 @@
 /** A batch: what goes to Redis in one call of append.lua, call by call. */
-import { type CallEvent, isPresumedEnd, resumes } from '../shared/events.js'
 import type { PartitionKeys, Partitions } from '../shared/keys.js'
 import type { Origin } from './append.js'
-import { sessionFields } from './session.js'
+import type { Waiting, WaitingCall } from './fair-queue.js'
+import type { ScriptCall } from './script-call.js'
 
 const MAX_EVENTS = 512
 const MAX_BYTES = 1024 * 1024
 
 interface CallEvents {
+  callSid: string
   partition: PartitionKeys
   bytes: number
   /** It goes on, had it been presumed over before or here: with an event that is not followed by another such end. */
@@ -19,20 +20,15 @@ interface CallEvents {
   session: string[]
 }
 
-/** KEYS and ARGV of append.lua. */
-export interface ScriptInput {
-  keys: string[]
-  args: (string | number)[]
-}
-
 export class Batch {
-  readonly calls = new Map<string, CallEvents>()
+  readonly calls: CallEvents[] = []
   events = 0
   bytes = 0
   /** It is in flight. */
   isSent = false
   /** When it was made up, ms epoch. */
   readonly since = Date.now()
+  private readonly byCall = new Map<WaitingCall, CallEvents>()
 
   constructor(readonly number: number) {}
 
@@ -40,13 +36,14 @@ export class Batch {
     return this.events === 0 || (this.events < MAX_EVENTS && this.bytes + payload.length <= MAX_BYTES)
   }
 
-  add(event: CallEvent, payload: string, origin: Origin, position: number, partitions: Partitions): void {
-    const sid = event.call_sid
-    let call = this.calls.get(sid)
+  add({ call: waiting, payload, note, origin, position }: Waiting, partitions: Partitions): void {
+    let call = this.byCall.get(waiting)
     if (!call) {
-      const partition = partitions.of(sid)
-      call = { partition, bytes: 0, resumes: false, payloads: [], origins: [], positions: [], session: [] }
-      this.calls.set(sid, call)
+      const { callSid } = waiting
+      const partition = partitions.of(callSid)
+      call = { callSid, partition, bytes: 0, resumes: false, payloads: [], origins: [], positions: [], session: [] }
+      this.byCall.set(waiting, call)
+      this.calls.push(call)
     }
     // A UTF-16 unit takes one to three bytes; an estimate is good enough for limits, and cheaper than measuring.
     const bytes = payload.length
@@ -54,41 +51,50 @@ export class Batch {
     call.origins.push(origin)
     call.positions.push(position)
     call.bytes += bytes
-    if (resumes(event)) call.resumes = true
-    else if (isPresumedEnd(event)) call.resumes = false
+    if (note.resumes !== undefined) call.resumes = note.resumes
     this.bytes += bytes
     this.events++
-    for (const field of sessionFields(event)) call.session.push(field)
+    for (const field of note.session) call.session.push(field)
   }
 
-  /** @param knownApplied the last batch of the producer that it knows to be applied, 0 for none */
+  /**
+   * KEYS and ARGV of append.lua.
+   *
+   * @param knownApplied the last batch of the producer that it knows to be applied, 0 for none
+   */
   encode(
+    script: ScriptCall,
     producerKey: string,
     wake: string,
     knownApplied: number,
     idleTimeoutMs: number,
     disconnectGraceMs: number,
-  ): ScriptInput {
-    const keys = [producerKey, wake]
-    const callKeys: string[] = []
-    const calls: (string | number)[] = []
+  ): void {
+    script.key(producerKey)
+    script.key(wake)
     const partitions = new Map<PartitionKeys, number>()
-    for (const [sid, call] of this.calls) {
-      let index = partitions.get(call.partition)
-      if (index === undefined) {
-        index = partitions.size + 1
-        partitions.set(call.partition, index)
-        keys.push(call.partition.ready, call.partition.leased, call.partition.open, call.partition.ended)
-      }
-      callKeys.push(call.partition.streamPrefix + sid, call.partition.sessionPrefix + sid)
-      calls.push(sid, index, call.bytes, call.resumes ? 1 : 0, call.payloads.length)
-      for (const payload of call.payloads) calls.push(payload)
-      calls.push(call.session.length)
-      for (const field of call.session) calls.push(field)
+    for (const { partition } of this.calls) {
+      if (partitions.has(partition)) continue
+      partitions.set(partition, partitions.size + 1)
+      script.key(partition.ready)
+      script.key(partition.leased)
+      script.key(partition.open)
+      script.key(partition.ended)
     }
-    for (const key of callKeys) keys.push(key)
-    const args: (string | number)[] = [this.number, knownApplied, idleTimeoutMs, disconnectGraceMs, partitions.size]
-    for (const arg of calls) args.push(arg)
-    return { keys, args }
+    for (const { partition, callSid } of this.calls) {
+      script.key(partition.streamPrefix + callSid)
+      script.key(partition.sessionPrefix + callSid)
+    }
+    for (const arg of [this.number, knownApplied, idleTimeoutMs, disconnectGraceMs, partitions.size]) script.arg(arg)
+    for (const call of this.calls) {
+      script.arg(call.callSid)
+      script.arg(partitions.get(call.partition)!)
+      script.arg(call.bytes)
+      script.arg(call.resumes ? 1 : 0)
+      script.arg(call.payloads.length)
+      for (const payload of call.payloads) script.arg(payload)
+      script.arg(call.session.length)
+      for (const field of call.session) script.arg(field)
+    }
   }
 }

@@ -5,8 +5,7 @@ import { FairQueue, TURN_CHARS, TURN_EVENTS, type Waiting } from './fair-queue.j
 const origin = (): Origin => ({ settle: () => undefined, settled: () => undefined })
 
 function push(queue: FairQueue, origin: Origin, sid: string, position: number, chars = 10): void {
-  const event = { type: 'turn', call_sid: sid, speaker: 'agent', text: '' } as const
-  queue.push(event, 'x'.repeat(chars), origin, position)
+  queue.push(sid, 'x'.repeat(chars), { session: [], resumes: true }, origin, position)
 }
 
 /** Takes up to `room` events. */
@@ -67,9 +66,9 @@ test('a_call_keeps_its_order_whoever_brings_its_events', () => {
       given[call]!.push(n)
       push(queue, origins[random(3)]!, `${call}`, n++)
     }
-    for (const { event, position } of take(queue, random(TURN_EVENTS))) found[Number(event.call_sid)]!.push(position)
+    for (const { call, position } of take(queue, random(TURN_EVENTS))) found[Number(call.callSid)]!.push(position)
   }
-  for (const { event, position } of take(queue, n)) found[Number(event.call_sid)]!.push(position)
+  for (const { call, position } of take(queue, n)) found[Number(call.callSid)]!.push(position)
   expect(queue.isEmpty).toBe(true)
   expect(found).toEqual(given)
 })

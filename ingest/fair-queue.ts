@@ -8,19 +8,24 @@
  * What must hold: the events of one call come out in the order in which they went in, whoever brought them. Therefore a call
  * that has events waiting stays in the queue in which they wait, for all origins, until there is none of it left.
  */
-import type { CallEvent } from '../shared/events.js'
 import type { Origin } from './append.js'
+import type { SessionNote } from './session.js'
 
 /** Where a call's events wait, and how many there are. */
-interface WaitingCall {
+export interface WaitingCall {
+  callSid: string
   flow: Flow
   events: number
 }
 
+/**
+ * An event that waits, as little of it as will do: the event itself would be copied by the garbage collector, and looked through
+ * again and again, while its JSON is all that goes on.
+ */
 export interface Waiting {
-  event: CallEvent
   /** The event's JSON, as it goes into the stream. */
   payload: string
+  note: SessionNote
   origin: Origin
   position: number
   call: WaitingCall
@@ -75,14 +80,14 @@ export class FairQueue {
     return this.turns.isEmpty
   }
 
-  push(event: CallEvent, payload: string, origin: Origin, position: number): void {
-    let call = this.calls.get(event.call_sid)
+  push(callSid: string, payload: string, note: SessionNote, origin: Origin, position: number): void {
+    let call = this.calls.get(callSid)
     if (!call) {
-      call = { flow: this.flowOf(origin), events: 0 }
-      this.calls.set(event.call_sid, call)
+      call = { callSid, flow: this.flowOf(origin), events: 0 }
+      this.calls.set(callSid, call)
     }
     call.events++
-    call.flow.waiting.push({ event, payload, origin, position, call })
+    call.flow.waiting.push({ payload, note, origin, position, call })
   }
 
   private flowOf(origin: Origin): Flow {
@@ -107,7 +112,7 @@ export class FairQueue {
         flow.waiting.shift()
         events++
         chars += next.payload.length
-        if (--next.call.events === 0) this.calls.delete(next.event.call_sid)
+        if (--next.call.events === 0) this.calls.delete(next.call.callSid)
       }
       this.turns.shift()
       if (flow.waiting.isEmpty) this.flows.delete(flow.origin)

@@ -1,8 +1,23 @@
 /** What the live session hash shows of a call: what its producers said last. append.lua keeps an end status once it has one. */
-import { type CallEvent, isPresumedEnd } from '../shared/events.js'
+import { type CallEvent, isPresumedEnd, resumes } from '../shared/events.js'
+
+/** What append.lua is told of an event beside its JSON. */
+export interface SessionNote {
+  /** Field, value, field, value … */
+  readonly session: readonly string[]
+  /** Of a call that was presumed over: true if it goes on with this event, false if this is such a presumption; else undefined. */
+  readonly resumes: boolean | undefined
+}
+
+const OF_A_TURN: SessionNote = { session: [], resumes: true }
+
+export function sessionNote(event: CallEvent): SessionNote {
+  if (event.type === 'turn') return OF_A_TURN
+  return { session: sessionFields(event), resumes: resumes(event) ? true : isPresumedEnd(event) ? false : undefined }
+}
 
 /** @returns field, value, field, value … as append.lua wants them; empty for a turn */
-export function sessionFields(event: CallEvent): string[] {
+function sessionFields(event: CallEvent): string[] {
   switch (event.type) {
     case 'turn':
       return []

@@ -184,7 +184,7 @@ export function lanesOf(client: RedisClient, partitions: Partitions): Lane[] {
 /** A Lua script of ours, run by its hash. */
 export class Script {
   private readonly source: string
-  private readonly sha: string
+  readonly sha: string
 
   /** @param path below the package's root */
   constructor(path: string) {

@@ -107,7 +107,7 @@ const ingest = {
     means: 'what an ack is worth (on a Cluster: `redis`)',
   },
   WINDOW: {
-    type: value.number(1, 1_000_000).default(4096),
+    type: value.number(1, 1_000_000).default(1024),
     readBy: ['ingest'],
     means: 'events a WebSocket may have unacknowledged',
   },
