@@ -39,8 +39,10 @@ if batch > last + 1 then return redis.error_reply('GAP batch ' .. last + 1 .. ' 
 -- The same as END_STATUSES in shared/events.ts.
 local END_STATUS = { completed = true, busy = true, failed = true, ['no-answer'] = true, canceled = true }
 local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local idle, grace = tonumber(ARGV[3]), tonumber(ARGV[4])
+local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
+-- As text, once: Redis prints a number of Lua's anew for each command that gets it, which takes as long as the command itself.
+local function text(number) return string.format('%.0f', number) end
+local now, idle, over = text(now_ms), text(now_ms + ARGV[3]), text(now_ms + ARGV[4])
 local partitions = tonumber(ARGV[5])
 local call_key = 3 + 4 * partitions
 local arg = 6
@@ -112,8 +114,8 @@ while arg <= #ARGV do
     if state[1] then
       redis.call('ZREM', open, sid)
     else
-      local over = END_STATUS[state[2]] or state[3] == 'disconnected'
-      redis.call('ZADD', open, now + (over and grace or idle), sid)
+      local seems_over = END_STATUS[state[2]] or state[3] == 'disconnected'
+      redis.call('ZADD', open, seems_over and over or idle, sid)
     end
     -- News of a leased call is found by settle, which looks behind what was committed.
     if not redis.call('ZSCORE', leased, sid) and redis.call('ZADD', ready, 'NX', now, sid) == 1 then

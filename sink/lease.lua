@@ -22,6 +22,7 @@ local PAGE = 100
 local MOST_LEFT = 1000 -- calls that are passed over in a partition
 local time = redis.call('TIME')
 local deadline = time[1] * 1000 + math.floor(time[2] / 1000) + tonumber(ARGV[4])
+local deadline_text = string.format('%.0f', deadline) -- else Redis prints the number anew for each call
 local calls_left, entries_left, bytes_left = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local most_of_a_call = tonumber(ARGV[5])
 local suspect_lapses, may_take_suspect = tonumber(ARGV[6]), ARGV[7] == '1'
@@ -60,7 +61,7 @@ local function lease(p, sid, since, session, lapses)
     return is_gone
   end
   local finalized = redis.call('ZSCORE', KEYS[3 * p], sid) and 1 or 0
-  redis.call('ZADD', KEYS[3 * p - 1], deadline, sid)
+  redis.call('ZADD', KEYS[3 * p - 1], deadline_text, sid)
   redis.call('ZREM', KEYS[3 * p - 2], sid)
   local bytes_an_entry = math.ceil(tonumber(session[1] or 0) / math.max(1, read + waiting))
   leases[#leases + 1] = {

@@ -17,15 +17,37 @@ local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local lapsed, again, woken, lost = 0, {}, {}, {}
 
--- The first entry behind `last`, or how many were added in all when there is none.
+-- Moves the group's cursor to `last`, where `read` entries were read (-1: unknown).
+local function set_cursor(stream, last, read)
+  if read == '-1' then
+    redis.pcall('XGROUP', 'SETID', stream, 'sink', last)
+  else
+    redis.pcall('XGROUP', 'SETID', stream, 'sink', last, 'ENTRIESREAD', read)
+  end
+end
+
+-- The first entry behind the cursor, and whether any that were added are not known to be read. (XINFO GROUPS knows without a look
+-- at the entries; XINFO STREAM gives two of them with all that is in them.)
 local function look_behind(stream, last)
-  local stream_info = redis.pcall('XINFO', 'STREAM', stream)
-  if stream_info.err then return end
-  local info = {}
-  for i = 1, #stream_info, 2 do info[stream_info[i]] = stream_info[i + 1] end
-  local news = info['last-generated-id'] ~= last and redis.call('XRANGE', stream, '(' .. last, '+', 'COUNT', 1)[1]
-  if news then return news[1] end
-  return nil, info['entries-added']
+  local groups = redis.pcall('XINFO', 'GROUPS', stream)
+  if groups.err then return nil, false end
+  for _, g in ipairs(groups) do
+    local info = {}
+    for i = 1, #g, 2 do info[g[i]] = g[i + 1] end
+    if info.name == 'sink' then
+      if info.lag == 0 then return nil, false end
+      local news = redis.call('XRANGE', stream, '(' .. last, '+', 'COUNT', 1)[1]
+      return news and news[1], true
+    end
+  end
+  return nil, false
+end
+
+local function entries_added(stream)
+  local info = redis.call('XINFO', 'STREAM', stream)
+  for i = 1, #info, 2 do
+    if info[i] == 'entries-added' then return info[i + 1] end
+  end
 end
 
 for c = 0, (#KEYS - 1) / 6 - 1 do
@@ -36,16 +58,13 @@ for c = 0, (#KEYS - 1) / 6 - 1 do
     lapsed = lapsed + 1
   else
     redis.call('ZREM', leased, sid)
-    local news, added = look_behind(stream, last)
-    if added then
+    set_cursor(stream, last, read)
+    local news, is_behind = look_behind(stream, last)
+    if is_behind and not news then
       -- Nothing waits, so all that was added was read. If it was not, somebody has trimmed away what nobody had read.
+      local added = entries_added(stream)
       if read ~= '-1' and added > tonumber(read) then lost[#lost + 1] = { sid, added - tonumber(read) } end
-      read = added
-    end
-    if read == '-1' then
-      redis.pcall('XGROUP', 'SETID', stream, 'sink', last)
-    else
-      redis.pcall('XGROUP', 'SETID', stream, 'sink', last, 'ENTRIESREAD', read)
+      set_cursor(stream, last, added)
     end
     -- Whatever was being tried alone, its sink has lived to settle.
     if lapses ~= 'none' then redis.pcall('HDEL', KEYS[k + 5], 'alone') end
