@@ -17,14 +17,16 @@ interface Options {
   turns?: number
   seconds?: number
   rounds?: number
+  open?: number[]
   only?: Scenario[]
   quick?: true
   json: string
 }
 
-const FULL = { calls: 1000, turns: 200, seconds: 10, rounds: 3 }
-const QUICK = { calls: 40, turns: 25, seconds: 1, rounds: 1 }
+const FULL = { calls: 1000, turns: 200, seconds: 10, rounds: 3, open: [1000, 10_000, 100_000] }
+const QUICK = { calls: 40, turns: 25, seconds: 1, rounds: 1, open: [100, 400] }
 const EXIT_CODES = { SIGINT: 130, SIGTERM: 143, SIGHUP: 129 }
+const EXIT_BUG = 70
 
 function positive(text: string): number {
   if (!/^[1-9]\d{0,6}$/.test(text)) throw new InvalidArgumentError('a whole number from 1 on.')
@@ -50,6 +52,9 @@ const { json, only, quick, ...given } = new Command('npm run bench --')
   .option('--turns <n>', `turns of a call (${FULL.turns})`, positive)
   .option('--seconds <n>', `how long a fixed rate lasts (${FULL.seconds})`, positive)
   .option('--rounds <n>', `at full speed: the median of so many counts (${FULL.rounds})`, positive)
+  .option('--open <counts>', `calls that are open at once, comma-separated (${FULL.open})`, (text) =>
+    text.split(',').map(positive),
+  )
   .option('--quick', 'as little as shows that all of it works; no figure of it means anything')
   .option('--json <file>', 'where the figures go', 'bench.json')
   .addHelpText(
@@ -65,13 +70,15 @@ const bench = new Bench(options, progress)
 const failures: { scenario: string; reason: string }[] = []
 let isInterrupted = false
 
-for (const [signal, code] of Object.entries(EXIT_CODES)) {
-  process.on(signal, () => {
-    isInterrupted = true
-    progress.say(`${signal}: stopping everything that was started`)
-    void bench.dispose().finally(() => process.exit(code))
-  })
+function endWith(code: number, why: string): void {
+  isInterrupted = true
+  progress.say(`${why}: stopping everything that was started`)
+  void bench.dispose().finally(() => process.exit(code))
 }
+
+// Handled for as long as the process lives: npm passes Ctrl-C on, so that it comes twice.
+for (const [signal, code] of Object.entries(EXIT_CODES)) process.on(signal, () => endWith(code, signal))
+process.on('uncaughtException', (error) => endWith(EXIT_BUG, error.stack ?? error.message))
 
 async function runAll(scenarios: Scenario[]): Promise<void> {
   if (scenarios.some((scenario) => !scenario.isAlone)) await bench.startStores()

@@ -24,6 +24,8 @@ export interface BenchOptions {
   seconds: number
   /** Of a scenario at full speed: the median counts. */
   rounds: number
+  /** How many calls are open, in one pass after the other. */
+  open: number[]
   /** As little as shows that all of it works. */
   quick: boolean
 }
@@ -56,6 +58,7 @@ export class Bench {
   /** A process that was started and has ended by itself. */
   death: string | undefined
   private running: Stores | undefined
+  private starting: Promise<void> | undefined
   private readonly ends: (() => Promise<unknown>)[] = []
   private readonly memos = new Map<unknown, Promise<unknown>>()
 
@@ -89,6 +92,7 @@ export class Bench {
   /** Stops and removes everything. May be called again: what is under way is waited for. */
   dispose(): Promise<void> {
     return this.once('dispose', async () => {
+      await this.starting?.catch(() => undefined) // a server that is half started could not be stopped
       for (const end of this.ends.splice(0).reverse()) {
         await end().catch((error: Error) => this.progress.say(`while cleaning up: ${error.message}`))
       }
@@ -103,7 +107,12 @@ export class Bench {
     return result
   }
 
-  async startStores(): Promise<void> {
+  startStores(): Promise<void> {
+    this.starting ??= this.launchStores()
+    return this.starting
+  }
+
+  private async launchStores(): Promise<void> {
     const say = (line: string) => this.progress.say(line)
     const folder = await mkdtemp(join(tmpdir(), 'calltape-bench-'))
     this.atEnd(() => rm(folder, { recursive: true, force: true }))
@@ -139,7 +148,8 @@ export class Bench {
     await pool.query('CHECKPOINT')
   }
 
-  private async untilRewritten(): Promise<void> {
+  /** Until Redis is not rewriting its append-only file. */
+  async untilRewritten(): Promise<void> {
     const { client } = this.stores
     while (/aof_rewrite_(in_progress|scheduled):1/.test(await client.info('persistence'))) await sleep(20)
   }

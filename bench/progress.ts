@@ -21,6 +21,7 @@ export class Progress {
     this.scenario = `[${index}/${count}] ${name}`
     this.doing = ''
     this.of = 0
+    if (!process.stderr.isTTY) this.view.say(this.scenario) // on a terminal the line that is redrawn says it
   }
 
   /** @param of how much there is to do; absent when nobody knows */

@@ -120,7 +120,7 @@ function measure(kind: string, calls: number, counts: Uint32Array): Spread {
 const nodeOf = (p: number, nodes: number) => Math.floor(((crc16(String(p)) % SLOTS) * nodes) / SLOTS)
 
 /** Redis' CRC16 (XMODEM). */
-function crc16(tag: string): number {
+export function crc16(tag: string): number {
   let crc = 0
   for (const byte of Buffer.from(tag)) {
     crc ^= byte << 8
