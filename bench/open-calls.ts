@@ -1,52 +1,96 @@
-/** Many calls open at once, a turn each every few seconds: latency, memory and Redis' slow log must not feel their number. */
-import type { Redis } from 'ioredis'
-import { createLog } from '../shared/log.js'
-import { connectRedis } from '../shared/redis.js'
-import { readLatencies, sendAtRate } from './end-to-end.js'
-import { residentMiB } from './machine.js'
-import { type Bench, connectAll, openPool, type Result, row, start } from './scenario.js'
+/** Many calls open at once: what a turn costs and how long it takes must not feel their number; and what an idle one takes. */
+import type { Bench } from './context.js'
+import { closeAll, connectAll, OpenCalls } from './load.js'
+import { Meter, pipelineMicros, residentMiB, type Usage } from './machine.js'
+import { type Pipeline, startPipeline } from './processes.js'
+import { figure } from './report.js'
+import { readSlowCommands, watchSlowCommands } from './slow-commands.js'
+import { readLatency, untilStored, verifyOpen } from './verify.js'
 
-const COUNTS = [1000, 10_000]
-const TURNS_PER_SECOND = 2500
-const SLOW_MICROS = 10_000
+const TURNS_EACH = 20
+const TURNS_PER_SECOND = 5000
+const WARM_UP_CALLS = 500
 
-export async function openCalls(bench: Bench): Promise<Result[]> {
-  const ingest = await start(bench, 'ingest')
-  const sink = await start(bench, 'sink')
-  const pool = openPool(bench)
-  const redis = (await connectRedis(bench.redis.url, createLog('bench', 'warn'))) as Redis
-  const results: Result[] = []
-  try {
-    await redis.config('SET', 'slowlog-log-slower-than', SLOW_MICROS)
-    for (const calls of COUNTS) {
-      const prefix = `open-${calls}-${Date.now()}-`
-      const clients = await connectAll(ingest.url)
-      // The first part opens all calls with a turn each; the second finds them open.
-      const opened = await sendAtRate(clients, prefix, calls, TURNS_PER_SECOND, calls / TURNS_PER_SECOND)
-      await readLatencies(pool, prefix, opened)
-      await redis.call('SLOWLOG', 'RESET')
-      const before = { ingest: residentMiB(ingest.pid()), sink: residentMiB(sink.pid()) }
-      const sinceMs = Date.now()
-      const sent = await sendAtRate(clients, prefix, calls, TURNS_PER_SECOND, bench.seconds, 1)
-      await Promise.all(clients.map((client) => client.flush()))
-      const { p50, p99 } = await readLatencies(pool, prefix, sent, sinceMs)
-      const slow = Number(await redis.call('SLOWLOG', 'LEN'))
-      const grown = residentMiB(ingest.pid()) - before.ingest + residentMiB(sink.pid()) - before.sink
-      await Promise.all(clients.map((client) => client.close()))
-      bench.say(`${calls} open calls: p50 ${p50.toFixed(1)} ms, p99 ${p99.toFixed(1)} ms, ${slow} slow commands`)
-      const scenario = `${calls} open calls, ${TURNS_PER_SECOND}/s`
-      results.push(
-        row(scenario, 'sent to committed, p50', p50, 'ms'),
-        row(scenario, 'sent to committed, p99', p99, 'ms'),
-        row(scenario, `Redis commands over ${SLOW_MICROS / 1000} ms`, slow, ''),
-        row(scenario, 'memory grown, ingest and sink', Math.max(0, grown), 'MiB'),
-      )
+export async function openCalls(bench: Bench): Promise<void> {
+  const micros = new Map<number, number>()
+  for (const calls of bench.options.open) {
+    await bench.reset()
+    const pipeline = await startPipeline(bench)
+    try {
+      micros.set(calls, await measure(bench, pipeline, calls))
+    } finally {
+      await pipeline.stop()
     }
-    return results
-  } finally {
-    redis.disconnect()
-    await ingest.stop()
-    await sink.stop()
-    await pool.end()
   }
+  bench.measured.micros1k = micros.get(1000)
+  bench.measured.micros100k = micros.get(100_000)
+}
+
+/** @returns CPU µs a turn, over all processes, at the fixed rate */
+async function measure(bench: Bench, pipeline: Pipeline, calls: number): Promise<number> {
+  const clients = await connectAll(pipeline.urls)
+  const warmUp = new OpenCalls(Math.min(calls, WARM_UP_CALLS))
+  await warmUp.fill(clients, TURNS_EACH, () => {})
+  await untilStored(bench, warmUp.run.prefix, warmUp.turns)
+  const open = new OpenCalls(calls)
+  const before = { redis: await usedBytes(bench), ingest: residentMiB(pipeline.pids.ingest!) }
+  const filling = await fill(bench, pipeline, open, clients)
+  const text = open.textBytes() / calls
+  const grown = ((await usedBytes(bench)) - before.redis) / calls
+  const ingestGrown = residentMiB(pipeline.pids.ingest!) - before.ingest
+  if (!bench.options.quick) bench.measured.bytesAnOpenCall = grown - text
+
+  const { client } = bench.stores
+  await bench.untilRewritten() // what filling has set off is not what an open call costs
+  await watchSlowCommands(client)
+  const total = TURNS_PER_SECOND * bench.options.seconds
+  bench.progress.step(`sending ${TURNS_PER_SECOND}/s`, total)
+  const meter = new Meter(pipeline.pids)
+  const sent = await open.talk(clients, TURNS_PER_SECOND, (turns) => {
+    bench.progress.at(turns)
+    return turns >= total
+  })
+  const usage = meter.stop(sent)
+  const slow = await readSlowCommands(client)
+  await closeAll(clients)
+  const latencyMs = await readLatency(bench, open)
+  const verifiedRows = await verifyOpen(bench, open)
+  bench.progress.say(`${calls} open calls: p50 ${latencyMs.p50.toFixed(1)} ms, p99 ${latencyMs.p99.toFixed(1)} ms`)
+  const scenario = `${calls.toLocaleString('en-US')} open calls`
+  bench.rows.push(
+    { scenario: `${scenario}, opened with ${TURNS_EACH} turns each`, ...filling, verifiedRows },
+    {
+      ...{ scenario: `${scenario}, ${TURNS_PER_SECOND} turns/s`, turnsPerSecond: TURNS_PER_SECOND },
+      ...{ latencyMs, usage, verifiedRows },
+      figures: [
+        figure('an idle one in Redis', grown - text, 'bytes'),
+        figure('and its text', text, 'bytes'),
+        figure('ingest grew by', ingestGrown, 'MiB'),
+        ...slow,
+      ],
+    },
+  )
+  return pipelineMicros(usage)
+}
+
+/** Opens them at full speed. */
+async function fill(
+  bench: Bench,
+  pipeline: Pipeline,
+  open: OpenCalls,
+  clients: Awaited<ReturnType<typeof connectAll>>,
+): Promise<{ turnsPerSecond: number; usage: Usage }> {
+  bench.progress.step('opening the calls', open.calls * (TURNS_EACH + 1))
+  const meter = new Meter(pipeline.pids)
+  const began = performance.now()
+  await open.fill(clients, TURNS_EACH, (sent) => bench.progress.at(sent))
+  bench.progress.step('waiting until all is stored', open.turns)
+  await untilStored(bench, open.run.prefix, open.turns)
+  const seconds = (performance.now() - began) / 1000
+  return { turnsPerSecond: open.turns / seconds, usage: meter.stop(open.turns) }
+}
+
+/** What is in Redis takes so much. */
+export async function usedBytes({ stores: { client } }: Bench): Promise<number> {
+  return Number(/^used_memory:(\d+)/m.exec(await client.info('memory'))?.[1])
 }

@@ -5,25 +5,16 @@ import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { compareSchemas } from '../cli/replay/compare.js'
 import { childEnvironment } from '../shared/config.js'
-import { createLog } from '../shared/log.js'
 import { PACKAGE_ROOT } from '../shared/package-root.js'
-import { createPool, type Pool } from '../shared/postgres.js'
-import { connectRedis, readPartitions } from '../shared/redis.js'
+import { readPartitions } from '../shared/redis.js'
 import { Backlog } from '../sink/backlog.js'
-import { copyRanges } from './drain.js'
-import { sendAtRate } from './end-to-end.js'
-import { cpuNow, cpuSince } from './machine.js'
-import {
-  type Bench,
-  connectAll,
-  cpuRows,
-  databaseOf,
-  makeLoad,
-  type Result,
-  row,
-  start,
-  untilFinalized,
-} from './scenario.js'
+import type { Bench } from './context.js'
+import { closeAll, connectAll, makeLoad, OpenCalls } from './load.js'
+import { Meter, type Usage } from './machine.js'
+import { copyRanges } from './plain-copy.js'
+import { type Pipeline, startPipeline, storePids } from './processes.js'
+import { figure } from './report.js'
+import { untilFinalized, untilStored, verify, verifyOpen } from './verify.js'
 
 /** What is sent at a time, so that it need not all be in memory. */
 const CALLS_A_LOAD = 500
@@ -31,39 +22,32 @@ const LIVE_RATE = 1000
 const LIVE_CALLS = 100
 const SAMPLE_MS = 250
 const TABLES = ['call_transcript_turns', 'call_sessions']
+const ALL_TABLES = [...TABLES, 'call_events']
 
-export async function replayTables(bench: Bench): Promise<Result[]> {
-  const pool = createPool(databaseOf(bench), 'bench', 2)
-  const ingest = await start(bench, 'ingest')
-  const sink = await start(bench, 'sink')
+export async function replay(bench: Bench): Promise<void> {
+  const { calls, turns } = bench.options
+  await bench.reset()
+  const pipeline = await startPipeline(bench)
   try {
-    await pool.query('TRUNCATE call_transcript_turns, call_events, call_sessions')
-    let sent = 0
-    for (let calls = 0; calls < bench.calls; calls += CALLS_A_LOAD) {
-      const load = makeLoad(Math.min(CALLS_A_LOAD, bench.calls - calls), bench.turns)
-      await load.send(ingest.url)
-      await untilFinalized(pool, load)
-      sent += load.turns
+    for (let sent = 0; sent < calls; sent += CALLS_A_LOAD) {
+      bench.progress.step(`storing what is to be replayed, from call ${sent} on`)
+      const load = makeLoad(Math.min(CALLS_A_LOAD, calls - sent), turns)
+      await load.send(pipeline.urls)
+      await untilFinalized(bench, load)
+      await verify(bench, load)
     }
-    await keepCopy(pool)
-    bench.say(`replay: ${sent} turns are stored`)
-    const figures: Result[] = []
-    for (const tables of [TABLES, [...TABLES, 'call_events']]) {
-      figures.push(...(await replayOnce(bench, pool, ingest.url, tables, sent)))
-    }
-    await pool.query('DROP SCHEMA before CASCADE')
-    return figures
+    await keepCopy(bench)
+    for (const tables of [TABLES, ALL_TABLES]) await replayOnce(bench, pipeline, tables)
+    await bench.stores.pool.query('DROP SCHEMA before CASCADE')
   } finally {
-    await ingest.stop()
-    await sink.stop()
-    await pool.end()
+    await pipeline.stop()
   }
 }
 
 /** A schema with the tables as they are. */
-async function keepCopy(pool: Pool): Promise<void> {
+async function keepCopy({ stores: { pool } }: Bench): Promise<void> {
   await pool.query('CREATE SCHEMA before')
-  for (const table of [...TABLES, 'call_events']) {
+  for (const table of ALL_TABLES) {
     await pool.query(`CREATE TABLE before.${table} (LIKE public.${table} INCLUDING ALL)`)
     await pool.query(`INSERT INTO before.${table} SELECT * FROM public.${table}`)
     await pool.query(`ANALYZE before.${table}`)
@@ -71,86 +55,71 @@ async function keepCopy(pool: Pool): Promise<void> {
   await pool.query('CHECKPOINT')
 }
 
-async function replayOnce(bench: Bench, pool: Pool, ingestUrl: string, tables: string[], turns: number) {
-  const redis = await connectRedis(bench.redis.url, createLog('bench', 'silent'))
-  const partitions = await readPartitions(redis, 64)
-  const backlog = new Backlog(redis, partitions)
-  const clients = await connectAll(ingestUrl)
-  const live = { isOver: false, sent: 0, lags: [] as number[] }
-  const prefix = `live-${Date.now()}-`
-  const sending = (async () => {
-    for (let second = 0; !live.isOver; second++) {
-      live.sent += await sendAtRate(clients, prefix, LIVE_CALLS, LIVE_RATE, 1, (second * LIVE_RATE) / LIVE_CALLS)
-    }
-  })()
+async function replayOnce(bench: Bench, pipeline: Pipeline, tables: string[]): Promise<void> {
+  const { calls, turns } = bench.options
+  const { pool, client } = bench.stores
+  const expected = calls * turns
+  const partitions = await readPartitions(client, 64)
+  const backlog = new Backlog(client, partitions)
+  const clients = await connectAll(pipeline.urls)
+  const live = new OpenCalls(LIVE_CALLS)
+  const lags: number[] = []
+  let isOver = false
+  const talking = live.talk(clients, LIVE_RATE, () => isOver)
   const looking = (async () => {
-    for (; !live.isOver; await sleep(SAMPLE_MS)) live.lags.push((await backlog.read()).lagMs)
+    for (; !isOver; await sleep(SAMPLE_MS)) lags.push((await backlog.read()).lagMs)
   })()
   await pool.query(`TRUNCATE ${tables.join(', ')}`)
-  const { seconds, entries, cpu } = await runReplay(bench, turns)
-  live.isOver = true
-  await Promise.all([sending, looking])
-  await Promise.all(clients.map((client) => client.flush()))
-  await Promise.all(clients.map((client) => client.close()))
-  await untilStored(pool, prefix, live.sent)
+  const replayed = await runReplay(bench, expected).finally(() => {
+    isOver = true
+  })
+  await Promise.all([talking, looking])
+  await closeAll(clients)
+  await untilStored(bench, live.run.prefix, live.turns)
+  const liveRows = await verifyOpen(bench, live)
 
-  const schemas = { main: 'public', other: 'before' }
-  const same = await compareSchemas({ ...schemas, pool, callSid: undefined, redis: undefined, partitions, sinceMs: 0 })
-  redis.disconnect()
-  if (same.calls !== bench.calls || same.missing + same.extra + same.different > 0) {
+  const same = await compareSchemas({
+    ...{ pool, main: 'public', other: 'before', callSid: undefined, redis: undefined, partitions, sinceMs: 0 },
+  })
+  if (same.calls !== calls || same.missing + same.extra + same.different > 0) {
     throw new Error(`what was replayed is not what was there: ${JSON.stringify(same)}`)
   }
-  const copied = await copyRanges(pool, 'before.call_transcript_turns', turns)
-  const rate = turns / seconds
-  const lags = live.lags.sort((a, b) => a - b)
-  const lag = (share: number) => lags[Math.min(lags.length - 1, Math.floor(lags.length * share))] ?? 0
-  bench.say(`replay of ${tables.length} tables: ${Math.round(rate)} turns/s, plain COPY ${Math.round(copied)} rows/s`)
-  const scenario = `replay, ${bench.calls} × ${bench.turns}, ${tables.length} tables`
-  return [
-    row(scenario, 'replayed and finalized', rate, 'turns/s'),
-    row(scenario, 'entries', entries, ''),
-    row(scenario, 'plain COPY of the same rows, binary', copied, 'rows/s'),
-    row(scenario, 'ratio', rate / copied, ''),
-    row(scenario, 'live turns meanwhile', live.sent, ''),
-    ...cpuRows(scenario, cpu),
-    row(scenario, 'lag of the live turns, median', lag(0.5), 'ms'),
-    row(scenario, 'lag of the live turns, most', lag(1), 'ms'),
-  ]
+  const copied = await copyRanges(pool, 'before.call_transcript_turns', expected)
+  const turnsPerSecond = expected / replayed.seconds
+  const lag = (share: number) =>
+    lags.toSorted((a, b) => a - b)[Math.min(lags.length - 1, Math.floor(lags.length * share))] ?? 0
+  bench.progress.say(`replay of ${tables.length} tables: ${Math.round(turnsPerSecond)} turns/s`)
+  bench.rows.push({
+    scenario: `replay of ${tables.length} tables, ${calls} × ${turns}, ${LIVE_RATE} turns/s arriving`,
+    ...{ turnsPerSecond, usage: replayed.usage, verifiedRows: expected + liveRows },
+    figures: [
+      figure('÷ plain binary COPY of the same rows alone', turnsPerSecond / copied, ''),
+      figure('lag of the live turns: median', lag(0.5), 'ms'),
+      figure('most', lag(1), 'ms'),
+    ],
+  })
 }
 
-/** @returns also the CPU time a turn; that of Redis and PostgreSQL is for the live turns, too */
-async function runReplay(bench: Bench, turns: number) {
+/** `calltape replay`, in the column of the sink; that of Redis and PostgreSQL is for the live turns, too. */
+async function runReplay(bench: Bench, turns: number): Promise<{ seconds: number; usage: Usage }> {
+  bench.progress.step('replaying')
   const child = spawn(process.execPath, [join(PACKAGE_ROOT, 'dist/cli/calltape.js'), 'replay', '--all', '--json'], {
-    env: childEnvironment({ REDIS_URL: bench.redis.url, ...databaseOf(bench) }),
-    stdio: ['ignore', 'pipe', 'inherit'],
+    env: childEnvironment({ REDIS_URL: bench.stores.redis.url, ...bench.stores.database }),
+    stdio: ['ignore', 'pipe', 'pipe'],
   })
-  const pids = { redis: bench.redis.pid, postgres: bench.postgres.pid }
-  const before = cpuNow(pids)
-  const own = { replay: child.pid! }
-  let cpu: Record<string, number> = {}
-  const none = cpuNow({ replay: child.pid! })
+  bench.atEnd(async () => void child.kill('SIGKILL'))
+  const meter = new Meter({ ...storePids(bench), sink: [child.pid!] })
+  // Once it has ended there is nothing of it to be read: what it had used shortly before has to do.
+  let usage = meter.read(turns)
   const timer = setInterval(() => {
-    if (child.exitCode === null) cpu = cpuSince(none, own, turns)
+    if (child.exitCode === null && child.signalCode === null) usage = meter.read(turns)
   }, SAMPLE_MS)
-  let out = ''
-  child.stdout.on('data', (data) => {
-    out += data
-  })
+  let [out, err] = ['', '']
+  child.stdout.on('data', (data) => (out += data))
+  child.stderr.on('data', (data) => (err += data))
   const [code] = (await once(child, 'close')) as [number]
   clearInterval(timer)
-  if (code !== 0) throw new Error(`replay exited with ${code}`)
-  const { seconds, entries } = JSON.parse(out) as { seconds: number; entries: number }
-  return { seconds, entries, cpu: { ...cpu, ...cpuSince(before, pids, turns) } }
-}
-
-/** All live turns, each once. */
-async function untilStored(pool: Pool, prefix: string, expected: number): Promise<void> {
-  const sql = 'SELECT count(*)::int AS rows FROM call_transcript_turns WHERE call_sid >= $1 AND call_sid < $2'
-  const deadline = Date.now() + 60_000
-  for (;;) {
-    const { rows } = await pool.query<{ rows: number }>(sql, [prefix, `${prefix}~`])
-    if (rows[0]!.rows === expected) return
-    if (Date.now() > deadline) throw new Error(`${rows[0]!.rows} rows of ${expected} live turns`)
-    await sleep(200)
-  }
+  meter.stop(turns)
+  if (code !== 0) throw new Error(`replay exited with ${code}: ${err}`)
+  return { seconds: (JSON.parse(out) as { seconds: number }).seconds, usage }
 }

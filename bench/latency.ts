@@ -1,0 +1,48 @@
+/** How long a turn takes from sending to COMMIT, at rates that leave room. */
+import type { Bench } from './context.js'
+import { fullSpeed } from './end-to-end.js'
+import { closeAll, connectAll, OpenCalls } from './load.js'
+import { Meter } from './machine.js'
+import { startPipeline } from './processes.js'
+import { readLatency, verifyOpen } from './verify.js'
+
+const RATES = [1000, 5000]
+const TARGET_RATE = 5000
+/** What goes before, so that no code runs for the first time. */
+const WARM_UP_SECONDS = 2
+
+export async function latency(bench: Bench): Promise<void> {
+  const half = Math.round((await fullSpeed(bench)).turnsPerSecond! / 2)
+  for (const rate of [...RATES, half]) await latencyAt(bench, rate, rate === half ? ' (half of full speed)' : '')
+}
+
+async function latencyAt(bench: Bench, rate: number, note: string): Promise<void> {
+  const { seconds } = bench.options
+  await bench.reset()
+  const pipeline = await startPipeline(bench)
+  try {
+    const clients = await connectAll(pipeline.urls)
+    bench.progress.step(`warming up at ${rate}/s`)
+    const warmUp = rate * Math.min(seconds, WARM_UP_SECONDS)
+    await new OpenCalls(bench.options.calls).talk(clients, rate, (sent) => sent >= warmUp)
+    const open = new OpenCalls(bench.options.calls)
+    const total = rate * seconds
+    bench.progress.step(`sending ${rate}/s`, total)
+    const meter = new Meter(pipeline.pids)
+    const sent = await open.talk(clients, rate, (turns) => {
+      bench.progress.at(turns)
+      return turns >= total
+    })
+    const usage = meter.stop(sent)
+    await closeAll(clients)
+    const latencyMs = await readLatency(bench, open)
+    const verifiedRows = await verifyOpen(bench, open)
+    bench.progress.say(`latency at ${rate}/s: p50 ${latencyMs.p50.toFixed(1)} ms, p99 ${latencyMs.p99.toFixed(1)} ms`)
+    bench.rows.push({ scenario: `latency at ${rate}/s${note}`, turnsPerSecond: rate, latencyMs, usage, verifiedRows })
+    if (rate !== TARGET_RATE) return
+    bench.measured.latencyP50 = latencyMs.p50
+    bench.measured.latencyP99 = latencyMs.p99
+  } finally {
+    await pipeline.stop()
+  }
+}

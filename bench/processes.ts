@@ -1,0 +1,125 @@
+/** The processes that are measured. None is started again: what dies makes its scenario fail. */
+import { type ChildProcess, fork } from 'node:child_process'
+import { closeSync, openSync, readFileSync } from 'node:fs'
+import { join } from 'node:path'
+import { setTimeout as sleep } from 'node:timers/promises'
+import { childEnvironment, type Environment } from '../shared/config.js'
+import { PACKAGE_ROOT } from '../shared/package-root.js'
+import type { Bench } from './context.js'
+import type { Pids } from './machine.js'
+
+export interface Running {
+  /** http://host:port; empty for one that listens nowhere. */
+  url: string
+  pid: number
+  stop(): Promise<void>
+}
+
+const STOP_MS = 15_000
+/** Kills each of those that were not stopped. */
+const started = new Set<() => Promise<void>>()
+
+/** After a scenario that failed, and at the end: none may go on. */
+export async function killAll(): Promise<void> {
+  await Promise.all([...started].map((kill) => kill()))
+  started.clear()
+}
+
+/** Starts a program that tells its URL over IPC once it serves. @param path below the package's root */
+export async function startProgram(
+  bench: Bench,
+  path: string,
+  args: string[],
+  environment: Environment,
+): Promise<Running> {
+  const logFile = join(bench.stores.folder, `${args.join('-')}.log`)
+  const log = openSync(logFile, 'a')
+  const child = fork(join(PACKAGE_ROOT, path), args, {
+    env: childEnvironment(environment),
+    execArgv: [],
+    stdio: ['ignore', log, log, 'ipc'],
+    detached: true, // Ctrl-C is for us: we stop the parts in their order
+  })
+  closeSync(log)
+  let isWanted = true
+  const kill = () => {
+    isWanted = false
+    return end(child, 'SIGKILL')
+  }
+  started.add(kill)
+  const failure = (why: string) => `${args.join(' ')} ended (${why}):\n${lastLines(logFile)}`
+  const url = await new Promise<string>((resolve, reject) => {
+    child.once('message', (message) => resolve((message as { url: string }).url))
+    child.once('exit', (code, signal) => reject(new Error(failure(signal ?? `exit code ${code}`))))
+    child.once('error', reject)
+  })
+  child.once('exit', (code, signal) => {
+    if (isWanted) bench.death ??= failure(signal ?? `exit code ${code}`)
+  })
+  return {
+    url,
+    pid: child.pid!,
+    async stop() {
+      isWanted = false
+      started.delete(kill)
+      await end(child, 'SIGTERM')
+    },
+  }
+}
+
+async function end(child: ChildProcess, signal: NodeJS.Signals): Promise<void> {
+  if (child.exitCode !== null || child.signalCode !== null) return
+  const exited = new Promise((resolve) => child.once('exit', resolve))
+  child.kill(signal)
+  // Unreferenced, so that the timer that is no longer needed does not keep the process alive.
+  await Promise.race([exited, sleep(STOP_MS, undefined, { ref: false }).then(() => child.kill('SIGKILL'))])
+}
+
+function lastLines(file: string): string {
+  return readFileSync(file, 'utf8').trim().split('\n').slice(-8).join('\n')
+}
+
+/** Ingests or sinks of calltape's. @param redisUrl another database than the first one, say */
+export function startServices(
+  bench: Bench,
+  role: 'ingest' | 'sink',
+  count = 1,
+  redisUrl = bench.stores.redis.url,
+): Promise<Running[]> {
+  const environment = {
+    REDIS_URL: redisUrl,
+    ...bench.stores.database,
+    // A port each, which the load generator spreads its connections over: a kernel may spread 50 of them unevenly.
+    INGEST_PORT: '0',
+    SINK_METRICS_PORT: '0',
+    LOG_LEVEL: 'warn',
+  }
+  const start = () => startProgram(bench, 'dist/cli/calltape.js', [role], environment)
+  return Promise.all(Array.from({ length: count }, start))
+}
+
+export const pidsOf = (running: Running[]) => running.map(({ pid }) => pid)
+
+/** All that is at work for the whole pipeline. */
+export interface Pipeline {
+  urls: string[]
+  pids: Pids
+  stop(): Promise<void>
+}
+
+export async function startPipeline(bench: Bench): Promise<Pipeline> {
+  const [ingests, sinks] = await Promise.all([startServices(bench, 'ingest'), startServices(bench, 'sink')])
+  return {
+    urls: ingests.map(({ url }) => url),
+    pids: { ...storePids(bench), ingest: pidsOf(ingests), sink: pidsOf(sinks) },
+    async stop() {
+      await Promise.all(ingests.map((ingest) => ingest.stop())) // first: what it still takes in, the sink still writes
+      await Promise.all(sinks.map((sink) => sink.stop()))
+    },
+  }
+}
+
+/** Those who are there in every scenario. */
+export function storePids({ stores }: Bench): Pids {
+  return { redis: [stores.redis.pid], postgres: [stores.postgres.pid], client: [process.pid] }
+}
