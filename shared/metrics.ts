@@ -160,6 +160,8 @@ export function createSinkMetrics() {
     strays: counter('strays_total', 'Live calls that Redis had forgotten, and that were ended'),
     reclaimed: counter('reclaimed_total', 'Lapsed leases taken over'),
     reaped: counter('reaped_total', 'Calls presumed over'),
+    ownedPartitions: gauge('owned_partitions', 'Partitions whose news wakes this sink'),
+    stolen: counter('stolen_calls_total', "Calls leased of other sinks' partitions, because they had been waiting"),
 
     finalized: fromZero(
       counter(
@@ -209,6 +211,7 @@ export function createSinkMetrics() {
 
     /** What every sink says of all calls. While Redis cannot be asked, those have no value that come from there at each scrape. */
     shared: {
+      sinks: gauge('sinks', 'Sinks that share the partitions'),
       lagSeconds: unset(gauge('lag_seconds', 'Age of the oldest event in Redis that is not in PostgreSQL')),
       worstPartition: gauge(
         'worst_partition_lag_seconds',

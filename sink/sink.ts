@@ -16,6 +16,7 @@ import { Leases } from './lease.js'
 import { Legacy } from './legacy.js'
 import { Progress } from './progress.js'
 import { Retention, retentionSettings } from './retention.js'
+import { LOOK_MS, Share } from './share.js'
 import { endStrays } from './strays.js'
 import { Sweep } from './sweep.js'
 import { Wake } from './wake.js'
@@ -87,7 +88,11 @@ export async function startSink(config: Config, log: Logger): Promise<Sink> {
     const leases = new Leases(redis, partitions, leaseMs)
     const backlog = new Backlog(redis, partitions)
     const wake = new Wake(config.PARTITIONS)
-    await askAtStart(config.REDIS_URL, () => listen(subscriber, leases.wakeChannels, wake))
+    const share = new Share(redis, partitions, wake)
+    await askAtStart(config.REDIS_URL, async () => {
+      await listen(subscriber, leases.wakeChannels, wake)
+      await share.announce(true)
+    })
 
     const metrics = createSinkMetrics()
     const legacy = await openLegacy(config, pool, metrics, log)
@@ -110,7 +115,7 @@ export async function startSink(config: Config, log: Logger): Promise<Sink> {
     }
     const workers = Array.from({ length: config.SINK_WORKERS }, () => new Worker(context))
     const running = workers.map((worker) => worker.run())
-    tend(context, partitions, config, stopped.signal)
+    tend(context, share, partitions, config, stopped.signal)
     cleanUp(context, partitions, config, stopped.signal)
     const { port } = server.address() as { port: number }
     const url = `http://${config.SINK_METRICS_HOST}:${port}`
@@ -121,6 +126,7 @@ export async function startSink(config: Config, log: Logger): Promise<Sink> {
         stopped.abort()
         for (const worker of workers) worker.stop()
         wake.ring()
+        share.leave().catch(() => undefined) // it lapses
         const finished = Promise.all(running).then(() => true)
         const isFinished = await Promise.race([finished, sleep(STOP_TIMEOUT_MS, false, { ref: false })])
         server.close()
@@ -141,7 +147,7 @@ export async function startSink(config: Config, log: Logger): Promise<Sink> {
 
 /** Who has news, from ingest. */
 async function listen(subscriber: RedisClient, channels: string[], wake: Wake): Promise<void> {
-  subscriber.on('smessage', (_channel: string, message: string) => wake.add(message.split(',').map(Number)))
+  subscriber.on('smessage', (_channel: string, message: string) => wake.news(message.split(',').map(Number)))
   const subscribe = () => Promise.all(channels.map((channel) => subscriber.ssubscribe(channel)))
   await subscribe()
   subscriber.on('ready', () => {
@@ -151,10 +157,16 @@ async function listen(subscriber: RedisClient, channels: string[], wake: Wake): 
 }
 
 /** What is to be done besides batches, now and then. */
-function tend(context: WorkerContext, partitions: Partitions, config: Config, signal: AbortSignal): void {
+function tend(context: WorkerContext, share: Share, partitions: Partitions, config: Config, signal: AbortSignal): void {
   const { redis, pool, legacy, gate, metrics, log } = context
   const again = (what: string, everyMs: number, work: () => Promise<unknown>) =>
     repeat(what, everyMs, log, signal, work)
+  again('sharing the partitions', TEND_MS, async () => {
+    await share.announce(gate.isOpen)
+    metrics.ownedPartitions.set(share.owned)
+    metrics.shared.sinks.set(share.sinks)
+  })
+  again('looking at what other sinks leave', LOOK_MS, async () => gate.isOpen && share.look())
   again('reclaiming', TEND_MS, () => reclaim(context))
   again('reaping', TEND_MS, async () => {
     await gate.pass()

@@ -101,3 +101,47 @@ describe('wait', () => {
     expect([...wake.take()]).toEqual([0, 1, 2])
   })
 })
+
+describe('shared', () => {
+  test('news_of_others_is_noted_and_wakes_nobody', async () => {
+    const wake = quiet()
+    wake.share(new Set([0, 1]))
+    const worker = sleeper(wake)
+    wake.news([2, 3])
+    expect(await settled(worker)).toEqual({ awake: false })
+    expect([...wake.takeNoted()]).toEqual([2, 3])
+    expect([...wake.takeNoted()]).toEqual([])
+    wake.news([1, 2])
+    expect(await settled(worker)).toEqual({ awake: true })
+    expect([...wake.take()]).toEqual([1])
+  })
+
+  test('what_was_hinted_at_goes_with_its_partition_to_the_other_sink', () => {
+    const wake = new Wake(4)
+    wake.share(new Set([0, 1]))
+    expect([...wake.take()]).toEqual([0, 1])
+    expect([...wake.takeNoted()]).toEqual([2, 3])
+  })
+
+  test('who_gets_a_partition_asks_for_it_at_once', async () => {
+    const wake = quiet()
+    wake.share(new Set([0]))
+    wake.news([1])
+    const worker = sleeper(wake)
+    wake.share(new Set([0, 1]))
+    expect(await settled(worker)).toEqual({ awake: true })
+    expect([...wake.take()]).toEqual([1])
+    expect([...wake.takeNoted()]).toEqual([])
+    wake.share(undefined)
+    expect([...wake.take()], 'the others are gone').toEqual([2, 3])
+  })
+
+  test('it_is_idle_only_while_a_worker_sleeps_and_nothing_is_to_be_asked', () => {
+    const wake = quiet()
+    expect(wake.isIdle).toBe(false)
+    sleeper(wake)
+    expect(wake.isIdle).toBe(true)
+    wake.add([0])
+    expect(wake.isIdle).toBe(false)
+  })
+})
