@@ -1,6 +1,7 @@
 /** The sink process: workers, what has to be done now and then (reclaim, reap), and what it tells of itself over HTTP. */
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { Config } from '../shared/config.js'
+import type { Group, Member, MetricValues } from '../shared/group.js'
 import type { CallPlace, Partitions } from '../shared/keys.js'
 import type { Logger } from '../shared/log.js'
 import { createSinkMetrics, type SinkMetrics } from '../shared/metrics.js'
@@ -10,10 +11,11 @@ import { requireReachable, requireSchema } from '../shared/schema.js'
 import { requireArchiveDir } from './archive-file.js'
 import { Backlog } from './backlog.js'
 import { askWritable, Gate } from './gate.js'
-import { serveHealth } from './health.js'
+import { requireReady, serveHealth } from './health.js'
 import { closeFinal } from './late.js'
 import { Leases } from './lease.js'
 import { Legacy } from './legacy.js'
+import { observe } from './observe.js'
 import { Progress } from './progress.js'
 import { Retention, retentionSettings } from './retention.js'
 import { LOOK_MS, Share } from './share.js'
@@ -23,8 +25,8 @@ import { Wake } from './wake.js'
 import { Worker, type WorkerContext } from './worker.js'
 import { writeSettings } from './write.js'
 
-export interface Sink {
-  /** http://host:port of /metrics, /healthz and /readyz */
+export interface Sink extends Member {
+  /** http://host:port of /metrics, /healthz and /readyz; empty in a group, which has them for all its processes */
   url: string
   /** Finishes the batches in hand, settles, closes. */
   stop(): Promise<void>
@@ -51,8 +53,11 @@ const DISCONNECT_TIMEOUT_MS = 1000
 /** How often legacy rows that were locked are tried again. */
 const LOCKED_MS = 2000
 
-/** @throws OperatorError when Redis or PostgreSQL cannot be used, or the schema does not fit */
-export async function startSink(config: Config, log: Logger): Promise<Sink> {
+/**
+ * @param group if this process is one of several
+ * @throws OperatorError when Redis or PostgreSQL cannot be used, or the schema does not fit
+ */
+export async function startSink(config: Config, log: Logger, group?: Group): Promise<Sink> {
   const onError = (error: Error) => log.warn({ err: error }, 'postgres connection')
   const leaseMs = config.LEASE_SECONDS * 1000
   const writeTimeoutMs = config.DATABASE_TIMEOUT * 1000
@@ -99,7 +104,10 @@ export async function startSink(config: Config, log: Logger): Promise<Sink> {
     const progress = new Progress()
     const stopped = new AbortController()
     const gate = new Gate(() => askWritable(pool), log, stopped.signal)
-    const server = await serveHealth(config, { redis, pool, backlog, gate, progress, metrics }, stopped.signal)
+    const parts = { redis, pool, backlog, gate, progress, metrics }
+    const ready = () => requireReady(parts, stopped.signal)
+    const text = () => observe(parts).then(() => metrics.registry.metrics())
+    const server = group ? undefined : await serveHealth(config, { ready, metrics: text })
 
     const maxDeliveries = config.MAX_DELIVERIES
     const limits = {
@@ -117,11 +125,12 @@ export async function startSink(config: Config, log: Logger): Promise<Sink> {
     const running = workers.map((worker) => worker.run())
     tend(context, share, partitions, config, stopped.signal)
     cleanUp(context, partitions, config, stopped.signal)
-    const { port } = server.address() as { port: number }
-    const url = `http://${config.SINK_METRICS_HOST}:${port}`
+    const url = server ? `http://${config.SINK_METRICS_HOST}:${(server.address() as { port: number }).port}` : ''
     log.info({ url, workers: workers.length, partitions: config.PARTITIONS }, 'sink runs')
     return {
       url,
+      ready,
+      metrics: () => observe(parts).then(() => metrics.registry.getMetricsAsJSON() as Promise<MetricValues>),
       async stop() {
         stopped.abort()
         for (const worker of workers) worker.stop()
@@ -129,8 +138,8 @@ export async function startSink(config: Config, log: Logger): Promise<Sink> {
         share.leave().catch(() => undefined) // it lapses
         const finished = Promise.all(running).then(() => true)
         const isFinished = await Promise.race([finished, sleep(STOP_TIMEOUT_MS, false, { ref: false })])
-        server.close()
-        server.closeAllConnections()
+        server?.close()
+        server?.closeAllConnections()
         if (!isFinished) {
           log.error('a batch in hand does not come to its end; it is given back, so another sink takes it over')
           await atMost(DISCONNECT_TIMEOUT_MS, Promise.all(workers.map((worker) => worker.giveUp())))

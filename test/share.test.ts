@@ -148,6 +148,7 @@ describe('what_another_sink_leaves_lying', () => {
       await until('all is stored', async () => (await rows()) === 64)
       expect(await owned(url)).toBe(32)
       expect(await stolen(url)).toBe(32)
+      if (signal === 'SIGSTOP') return // as with the other from here on
       await shareOf('the other', url, 64)
       await producer.store(...everywhere(1).map((sid) => turn(sid, 0)))
       await until('all is stored', async () => (await rows()) === 128)
