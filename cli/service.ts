@@ -40,7 +40,7 @@ export async function runService(name: Name, options: ServiceOptions): Promise<v
   if (size > 1) return runGroup(name, size, config, given, log)
   armCrash(config.CRASH_AT)
   const service = await startOne(name, config, log)
-  process.send?.({ url: service.url })
+  tellUrl(service.url)
   await told()
   await service.stop()
   process.exit() // what a connection that hangs still holds must not keep the process
@@ -51,11 +51,18 @@ async function startOne(name: Name, config: Config, log: Logger, group?: Group):
   return (await import('../sink/sink.js')).startSink(config, log, group)
 }
 
+/** To whoever started this process, if he waits for it. */
+function tellUrl(url: string): void {
+  if (process.connected) process.send?.({ url })
+}
+
 /** Resolves when it is to stop. */
 function told(): Promise<void> {
   return new Promise((resolve) => {
     for (const signal of SIGNALS) process.once(signal, () => resolve())
-    if (process.send) process.once('disconnect', () => resolve())
+    if (!process.send) return
+    process.once('disconnect', () => resolve())
+    if (!process.connected) resolve() // while it was starting
   })
 }
 
@@ -78,7 +85,7 @@ async function runMember(name: Name, config: Config, { slot, port }: ServiceOpti
     ready: async () => void (await channel.ask('ready', TOLD_TIMEOUT_MS)),
   }
   member = await startOne(name, config, log.child({ slot: place }), group)
-  process.send({ url: member.url })
+  tellUrl(member.url)
   await told()
   await member.stop()
   process.exit()
@@ -100,7 +107,7 @@ async function runGroup(name: Name, size: number, config: Config, given: Environ
     const port = (server?.address() as { port: number } | undefined)?.port
     const url = port === undefined ? await starting : `http://${config.SINK_METRICS_HOST}:${port}`
     log.info({ url, processes: size }, `${name} runs`)
-    process.send?.({ url })
+    tellUrl(url)
     await stop
   }
   await group.stop()

@@ -15,7 +15,7 @@
  */
 import { randomUUID } from 'node:crypto'
 import { hash, type PartitionKeys, type Partitions, SINKS_KEY } from '../shared/keys.js'
-import { lanesOf, type RedisClient, Script } from '../shared/redis.js'
+import { type Lane, lanesOf, type RedisClient, Script } from '../shared/redis.js'
 import type { Wake } from './wake.js'
 
 const announceScript = new Script('sink/announce.lua')
@@ -58,6 +58,7 @@ export function divide(partitions: number, sinks: readonly string[]): string[] {
 
 export class Share {
   private readonly id = randomUUID()
+  private readonly lanes: Lane[]
   private living = ''
   /** How many sinks share the work, this one included. */
   sinks = 1
@@ -71,6 +72,7 @@ export class Share {
     private readonly wake: Wake,
   ) {
     this.owned = partitions.all.length
+    this.lanes = lanesOf(client, partitions)
   }
 
   /**
@@ -135,7 +137,7 @@ export class Share {
   private async waiting(partitions: readonly PartitionKeys[]): Promise<Map<number, number>> {
     const asked = new Set(partitions)
     const groups: PartitionKeys[][] = []
-    for (const lane of asked.size > 0 ? lanesOf(this.client, this.partitions) : []) {
+    for (const lane of this.lanes) {
       const its = lane.partitions.filter((p) => asked.has(p))
       for (let at = 0; at < its.length; at += PARTITIONS_AT_ONCE) groups.push(its.slice(at, at + PARTITIONS_AT_ONCE))
     }

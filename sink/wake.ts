@@ -4,8 +4,12 @@
  * message costs a moment, never an event.
  *
  * Where several sinks share the work (share.ts), only news of this sink's own partitions is a hint to go and ask. That of the
- * others is noted: whether somebody takes it is seen later.
+ * others is noted: whether somebody takes it is seen later. And as each has only a part of what comes, a second worker is woken
+ * only for what the first one does not come back for in time: else N sinks would make N times as many batches, each as costly.
  */
+/** About what a small batch takes. */
+const SECOND_AFTER_MS = 5
+
 export class Wake {
   private hints = new Set<number>()
   private noted = new Set<number>()
@@ -13,7 +17,13 @@ export class Wake {
   /** Undefined: all. */
   private own: ReadonlySet<number> | undefined
 
-  constructor(private readonly partitions: number) {
+  private second: NodeJS.Timeout | undefined
+
+  /** @param workers how many will `wait` */
+  constructor(
+    private readonly partitions: number,
+    private readonly workers = 1,
+  ) {
     this.all()
   }
 
@@ -50,7 +60,17 @@ export class Wake {
       return
     }
     for (const partition of partitions) if (!this.own.has(partition)) this.noted.add(partition)
-    this.add(partitions.filter((partition) => this.own?.has(partition)))
+    const own = partitions.filter((partition) => this.own?.has(partition))
+    if (own.length === 0) return
+    if (this.sleepers.length === this.workers) {
+      this.add(own)
+      return
+    }
+    for (const partition of own) this.hints.add(partition)
+    this.second ??= setTimeout(() => {
+      this.second = undefined
+      this.add([...this.hints])
+    }, SECOND_AFTER_MS)
   }
 
   /** Hints at these partitions, whosever they are. */

@@ -19,6 +19,7 @@ export interface GroupOptions {
 
 export class ProcessGroup implements Told {
   private readonly slots: Slot[] = []
+  private isStopping = false
 
   constructor(private readonly options: GroupOptions) {}
 
@@ -32,6 +33,7 @@ export class ProcessGroup implements Told {
     try {
       const url = await this.add().start()
       const port = url === '' ? undefined : Number(new URL(url).port || (url.startsWith('https') ? 443 : 80))
+      if (this.isStopping) return url
       const others = Array.from({ length: this.options.size - 1 }, () => this.add(port))
       const started = await Promise.allSettled(others.map((slot) => slot.start()))
       for (const result of started) if (result.status === 'rejected') throw result.reason
@@ -43,6 +45,7 @@ export class ProcessGroup implements Told {
   }
 
   async stop(): Promise<void> {
+    this.isStopping = true
     await Promise.all(this.slots.map((slot) => slot.stop()))
   }
 
