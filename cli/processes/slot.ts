@@ -85,7 +85,7 @@ export class Slot {
   /** What it and those before it have counted; gauges only if it answers. */
   async metrics(): Promise<MetricValues[]> {
     const { channel } = this
-    if (!this.isServing || !channel) return [this.past]
+    if (!this.isServing || !channel) return [this.past, counted(this.last)]
     try {
       const said = (await channel.ask('metrics', ANSWER_TIMEOUT_MS)) as MetricValues
       if (this.channel === channel) this.last = said
@@ -138,6 +138,7 @@ export class Slot {
       const born = Date.now()
       await this.exited
       const { exitCode, signalCode } = this.child!
+      // Until this is done, what it had counted is in `last`: at no moment is it in neither.
       this.past = await keepCounts([this.past, this.last])
       this.last = []
       if (this.isStopping) return
