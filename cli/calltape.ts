@@ -1,11 +1,9 @@
 #!/usr/bin/env node
 /** The one program. Only parses and starts: each command lives in its own file, loaded when it is asked for. */
-import { Command } from 'commander'
-import { givenEnvironment, OperatorError, readConfig } from '../shared/config.js'
-import { armCrash } from '../shared/crash.js'
-import { createLog, describeCrash } from '../shared/log.js'
+import { Command, Option } from 'commander'
+import { OperatorError, readConfig } from '../shared/config.js'
+import { describeCrash } from '../shared/log.js'
 import { readPackageFile } from '../shared/package-root.js'
-import { changedSettings } from '../shared/settings-shown.js'
 import type { ConfigOptions } from './config.js'
 import type { DemoOptions } from './demo.js'
 import type { EraseOptions } from './erase.js'
@@ -14,6 +12,7 @@ import type { OrphansOptions } from './orphans.js'
 import type { ChoiceOptions, ListOptions } from './quarantine.js'
 import type { ReplayOptions } from './replay/options.js'
 import type { RescueOptions } from './rescue.js'
+import type { ServiceOptions } from './service.js'
 import type { VerifyOptions } from './verify.js'
 
 const { version, description } = JSON.parse(readPackageFile('package.json')) as { version: string; description: string }
@@ -74,18 +73,17 @@ program
 program
   .command('ingest')
   .description('take events over WebSocket and HTTP and append them to Redis Streams')
-  .action(async () => {
-    const { startIngest } = await import('../ingest/ingest.js')
-    await runUntilStopped('ingest', startIngest)
-  })
+  .option('--processes <n>', 'so many processes on one port; 0: one for each core (default: INGEST_PROCESSES)')
+  .addOption(new Option('--slot <i/n>').hideHelp())
+  .addOption(new Option('--port <port>').hideHelp())
+  .action(async (options: ServiceOptions) => (await import('./service.js')).runService('ingest', options))
 
 program
   .command('sink')
   .description('copy events from Redis Streams into PostgreSQL and finalize calls')
-  .action(async () => {
-    const { startSink } = await import('../sink/sink.js')
-    await runUntilStopped('sink', startSink)
-  })
+  .option('--processes <n>', 'so many processes that share the work; 0: one for each core (default: SINK_PROCESSES)')
+  .addOption(new Option('--slot <i/n>').hideHelp())
+  .action(async (options: ServiceOptions) => (await import('./service.js')).runService('sink', options))
 
 program
   .command('health')
@@ -256,31 +254,6 @@ function waitSeconds(text: string): number {
   const seconds = text.trim() === '' ? Number.NaN : Number(text)
   if (seconds >= 0 && seconds <= MOST_WAIT_SECONDS) return seconds
   throw new OperatorError(`--wait wants seconds, from 0 to ${MOST_WAIT_SECONDS}, got ${text}`)
-}
-
-interface Running {
-  stop(): Promise<void>
-}
-
-/** Runs a service until SIGTERM or Ctrl-C, or until the `calltape up` that started it is gone. */
-async function runUntilStopped(
-  name: 'ingest' | 'sink',
-  start: (
-    config: ReturnType<typeof readConfig>,
-    log: ReturnType<typeof createLog>,
-  ) => Promise<Running & { url: string }>,
-): Promise<void> {
-  const config = readConfig()
-  armCrash(config.CRASH_AT)
-  const log = createLog(name, config.LOG_LEVEL)
-  log.info({ settings: changedSettings(name, config, givenEnvironment()) }, 'settings other than the defaults')
-  const service = await start(config, log)
-  process.send?.({ url: service.url })
-  await new Promise<void>((resolve) => {
-    for (const signal of ['SIGTERM', 'SIGINT', ...(process.send ? ['disconnect'] : [])]) process.once(signal, resolve)
-  })
-  await service.stop()
-  process.exit() // what a connection that hangs still holds must not keep the process
 }
 
 program.parseAsync().catch((error: Error) => {

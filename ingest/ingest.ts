@@ -1,6 +1,7 @@
 /** The ingest process: accept → parse → append → ack. */
 import { setTimeout as sleep } from 'node:timers/promises'
 import { type Config, OperatorError } from '../shared/config.js'
+import type { Group, Member } from '../shared/group.js'
 import type { Logger } from '../shared/log.js'
 import { createIngestMetrics, type IngestMetrics } from '../shared/metrics.js'
 import { connectRedis } from '../shared/redis.js'
@@ -10,8 +11,9 @@ import { openAppender } from './open-appender.js'
 import { IngestRoutes } from './routes.js'
 import { listen, type Routes, type Server } from './server.js'
 import { Spool } from './spool.js'
+import { type Place, takeOverSpools } from './spool-places.js'
 
-export interface Ingest {
+export interface Ingest extends Member {
   /** Where it listens: http://host:port or https://host:port */
   url: string
   /** Stops accepting, stores what was accepted, acks it, closes the connections with 1001. */
@@ -23,8 +25,11 @@ const STOP_TIMEOUT_MS = 5000
 const SPOOL_CLOSE_TIMEOUT_MS = 2000
 const LOOPBACK = new Set(['127.0.0.1', '::1', 'localhost'])
 
-/** @throws OperatorError when the configuration does not allow to start, or Redis cannot be used */
-export async function startIngest(config: Config, log: Logger): Promise<Ingest> {
+/**
+ * @param group if this process is one of several on one port
+ * @throws OperatorError when the configuration does not allow to start, or Redis cannot be used
+ */
+export async function startIngest(config: Config, log: Logger, group?: Group): Promise<Ingest> {
   const host = listenHost(config)
   const redis = await connectRedis(config.REDIS_URL, log)
   try {
@@ -33,11 +38,11 @@ export async function startIngest(config: Config, log: Logger): Promise<Ingest> 
     metrics.spoolMaxBytes.set(config.SPOOL_DIR === undefined ? 0 : config.SPOOL_MAX_BYTES)
     const { partitions, appender } = await openAppender(redis, config, metrics, log)
     const deliveries = new Deliveries(appender)
-    const routes = new IngestRoutes({ config, redis, partitions, appender, deliveries, metrics, log })
-    const server = await serve(host, config, routes)
+    const routes = new IngestRoutes({ config, redis, partitions, appender, deliveries, metrics, log, group })
+    const server = await serve(host, config, routes, group)
     try {
       // Not before the port is ours: a second ingest on this machine, started by mistake, must not take the spool away.
-      deliveries.spool = await openSpool(config, appender, metrics, log)
+      deliveries.spool = await openSpool(config, appender, metrics, log, group)
     } catch (error) {
       server.stopListening()
       server.closeConnections()
@@ -49,6 +54,8 @@ export async function startIngest(config: Config, log: Logger): Promise<Ingest> 
     log.info({ url, partitions: partitions.all.length, durability: config.DURABILITY }, 'ingest listens')
     return {
       url,
+      metrics: () => routes.ownMetrics(),
+      ready: async () => routes.requireReady(),
       async stop() {
         routes.phase = 'stopping'
         server.stopListening()
@@ -76,11 +83,12 @@ export async function startIngest(config: Config, log: Logger): Promise<Ingest> 
   }
 }
 
-function serve(host: string, config: Config, routes: Routes): Promise<Server> {
+function serve(host: string, config: Config, routes: Routes, group: Group | undefined): Promise<Server> {
   const { TLS_CERT_FILE: cert, TLS_KEY_FILE: key } = config
   const options = {
     host,
-    port: config.INGEST_PORT,
+    port: group?.port ?? config.INGEST_PORT,
+    sharing: group && (group.port === undefined ? ('first' as const) : ('others' as const)),
     tokens: config.INGEST_TOKENS,
     maxMessageBytes: config.MAX_MESSAGE_BYTES,
     bodies: {
@@ -92,9 +100,17 @@ function serve(host: string, config: Config, routes: Routes): Promise<Server> {
   return listen(options, routes)
 }
 
-async function openSpool(config: Config, appender: Appender, metrics: IngestMetrics, log: Logger) {
+async function openSpool(
+  config: Config,
+  appender: Appender,
+  metrics: IngestMetrics,
+  log: Logger,
+  place: Place = { slot: 0, size: 1 },
+) {
   if (config.SPOOL_DIR === undefined) return undefined
-  return await Spool.open({ directory: config.SPOOL_DIR, maxBytes: config.SPOOL_MAX_BYTES }, appender, metrics, log)
+  const { directory, moved } = await takeOverSpools(config.SPOOL_DIR, place)
+  if (moved > 0) log.warn({ segments: moved }, 'took over spools of processes that there are no more')
+  return await Spool.open({ directory, maxBytes: config.SPOOL_MAX_BYTES }, appender, metrics, log)
 }
 
 /** Without tokens anybody who can reach the port can write calls: then only this machine may reach it. */

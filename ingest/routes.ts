@@ -1,8 +1,9 @@
 /** What ingest answers on each of its routes, whatever serves them. */
 import type { Config } from '../shared/config.js'
 import { parseEvent, Refusal } from '../shared/events.js'
+import type { Group, MetricValues } from '../shared/group.js'
 import type { Partitions } from '../shared/keys.js'
-import type { Logger } from '../shared/log.js'
+import { type Logger, reasonOf } from '../shared/log.js'
 import { closeCodeLabel, type IngestMetrics } from '../shared/metrics.js'
 import type { RedisClient } from '../shared/redis.js'
 import type { Appender } from './append.js'
@@ -25,6 +26,8 @@ export interface IngestParts {
   deliveries: Deliveries
   metrics: IngestMetrics
   log: Logger
+  /** Absent: this process is the whole ingest. */
+  group?: Group | undefined
 }
 
 export class IngestRoutes implements Routes {
@@ -101,21 +104,57 @@ export class IngestRoutes implements Routes {
   }
 
   async metrics(): Promise<Answer> {
-    this.parts.appender.observe()
-    this.parts.deliveries.spool?.observe()
-    const { registry, redisUp } = this.parts.metrics
-    redisUp.set(this.parts.redis.status === 'ready' ? 1 : 0)
-    return { status: '200 OK', headers: { 'Content-Type': registry.contentType }, body: await registry.metrics() }
+    const { group, metrics } = this.parts
+    const headers = { 'Content-Type': metrics.registry.contentType }
+    try {
+      // Of one process alone they would look as if all had been counted anew.
+      const body = group ? await group.metrics() : await this.observed().metrics()
+      return { status: '200 OK', headers, body }
+    } catch (error) {
+      return problem('503 Service Unavailable', 'no_metrics', reasonOf(error as Error))
+    }
   }
 
-  ready(): Answer {
-    const { redis, appender } = this.parts
+  async ownMetrics(): Promise<MetricValues> {
+    return (await this.observed().getMetricsAsJSON()) as MetricValues
+  }
+
+  private observed(): IngestMetrics['registry'] {
+    const { appender, deliveries, metrics, redis } = this.parts
+    appender.observe()
+    deliveries.spool?.observe()
+    metrics.redisUp.set(redis.status === 'ready' ? 1 : 0)
+    return metrics.registry
+  }
+
+  async ready(): Promise<Answer> {
     if (this.phase !== 'serving') return notServing(this.phase)
-    if (redis.status !== 'ready') return problem('503 Service Unavailable', 'redis', `Redis: ${redis.status}`)
-    if (appender.waitingMs > UNREADY_AFTER_MS) {
-      const why = appender.failure ?? 'it does not answer'
-      return problem('503 Service Unavailable', 'no_progress', `Redis stores nothing: ${why}`)
+    try {
+      if (this.parts.group) await this.parts.group.ready()
+      else this.requireReady()
+      return { status: '200 OK', body: { status: 'ready' } }
+    } catch (error) {
+      const code = error instanceof Unready ? error.code : 'not_ready'
+      return problem('503 Service Unavailable', code, (error as Error).message)
     }
-    return { status: '200 OK', body: { status: 'ready' } }
+  }
+
+  /** @throws why this process cannot do its job */
+  requireReady(): void {
+    const { redis, appender } = this.parts
+    if (this.phase !== 'serving') throw new Unready(this.phase, `the process is ${this.phase}`)
+    if (redis.status !== 'ready') throw new Unready('redis', `Redis: ${redis.status}`)
+    if (appender.waitingMs > UNREADY_AFTER_MS) {
+      throw new Unready('no_progress', `Redis stores nothing: ${appender.failure ?? 'it does not answer'}`)
+    }
+  }
+}
+
+class Unready extends Error {
+  constructor(
+    readonly code: string,
+    message: string,
+  ) {
+    super(message)
   }
 }

@@ -32,12 +32,14 @@ export interface Routes {
   listCalls(query: URLSearchParams): Promise<Answer>
   getCall(callSid: string): Promise<Answer>
   metrics(): Promise<Answer>
-  ready(): Answer
+  ready(): Promise<Answer>
 }
 
 export interface ServerOptions {
   host: string
   port: number
+  /** With other processes of this ingest; by the first of them the port is taken, the others join it. Absent: with nobody. */
+  sharing?: 'first' | 'others' | undefined
   tokens: string[]
   tls?: { cert: string; key: string }
   maxMessageBytes: number
@@ -59,6 +61,8 @@ const IDLE_SECONDS = 60
 const LINGER_MS = 1000
 /** uSockets' LIBUS_LISTEN_EXCLUSIVE_PORT. Without it a second ingest would silently share the port with the first. */
 const EXCLUSIVE_PORT = 1
+/** With SO_REUSEPORT: the system divides new connections among the processes that listen so. */
+const SHARED_PORT = 0
 const NO_BODY = Buffer.alloc(0)
 
 interface SocketData {
@@ -70,32 +74,42 @@ interface SocketData {
 type UwsSocket = uWS.WebSocket<SocketData>
 
 /** @throws OperatorError when the port cannot be listened on, or the certificate cannot be used */
-export function listen(options: ServerOptions, routes: Routes): Promise<Server> {
+export async function listen(options: ServerOptions, routes: Routes): Promise<Server> {
   const app = createApp(options)
   const open = new Set<UwsSocket>()
   addRoutes(app, options, routes, open)
-  return new Promise((resolve, reject) => {
-    ;(app as unknown as ListenWithOptions).listen(options.host, options.port, EXCLUSIVE_PORT, (socket) => {
-      if (!socket) {
-        const message = `cannot listen on ${options.host}:${options.port}: it is in use, or not an address of this machine`
+  let listening: uWS.us_listen_socket | undefined = await listenOn(app, options)
+  return {
+    port: uWS.us_socket_local_port(listening),
+    stopListening: () => {
+      if (listening) uWS.us_listen_socket_close(listening) // closed twice, it would take the process with it
+      listening = undefined
+    },
+    closeConnections: () => {
+      for (const ws of [...open])
+        ws.end(CLOSE_GOING_AWAY, 'calltape is going away: reconnect and resend what was not acked')
+      setTimeout(() => app.close(), LINGER_MS).unref()
+    },
+  }
+}
+
+async function listenOn(app: uWS.TemplatedApp, options: ServerOptions): Promise<uWS.us_listen_socket> {
+  const { host, port, sharing } = options
+  const take = (wanted: number, how: number) =>
+    new Promise<uWS.us_listen_socket>((resolve, reject) => {
+      ;(app as unknown as ListenWithOptions).listen(host, wanted, how, (socket) => {
+        if (socket) return resolve(socket)
+        const message = `cannot listen on ${host}:${wanted}: it is in use, or not an address of this machine`
         reject(new OperatorError(`INGEST_PORT, INGEST_HOST: ${message}`))
-        return
-      }
-      let listening: uWS.us_listen_socket | undefined = socket
-      resolve({
-        port: uWS.us_socket_local_port(socket),
-        stopListening: () => {
-          if (listening) uWS.us_listen_socket_close(listening) // closed twice, it would take the process with it
-          listening = undefined
-        },
-        closeConnections: () => {
-          for (const ws of [...open])
-            ws.end(CLOSE_GOING_AWAY, 'calltape is going away: reconnect and resend what was not acked')
-          setTimeout(() => app.close(), LINGER_MS).unref()
-        },
       })
     })
-  })
+  if (sharing === 'others') return take(port, SHARED_PORT)
+  const socket = await take(port, EXCLUSIVE_PORT)
+  if (sharing === undefined) return socket
+  // It is nobody else's: from now on it is open to those who join. (Another ingest of several processes would have joined, too.)
+  const taken = uWS.us_socket_local_port(socket)
+  uWS.us_listen_socket_close(socket)
+  return take(taken, SHARED_PORT)
 }
 
 function addRoutes(app: uWS.TemplatedApp, options: ServerOptions, routes: Routes, open: Set<UwsSocket>): void {

@@ -20,11 +20,13 @@
  *     ct:{p}:wake           channel: "these partitions have news", for sleeping sinks
  *     ct:{p}:producer:<id>  the last batch applied of one ingest process, so that a retried append is not applied twice;
  *                           with `:refused` behind it: what was refused of its batches
+ *     ct:sinks              zset: the sinks that share the partitions, by when their announcement lapses (ms)
  *     ct:sweep              hash, the last sweep's result: `at` (when it ended, epoch ms), `streams`, `bytes`, `orphans:<kind>`
  *     ct:sweep:claim        a sink is sweeping
  */
 
 export const PARTITIONS_KEY = 'ct:partitions'
+export const SINKS_KEY = 'ct:sinks'
 export const SWEEP_KEY = 'ct:sweep'
 export const SWEEP_CLAIM_KEY = 'ct:sweep:claim'
 export const GROUP = 'sink'

@@ -2,10 +2,19 @@
  * Every metric, by Prometheus' conventions: base units, counters end in _total. No label holds a call: their number would grow
  * without bound. grafana/panels.md says how to read each.
  *
- * Several processes are scraped apart. Counters and histograms add up over them. So do gauges of a process (connections, queues);
- * what a sink says of the stores (`shared` below) every sink says of all calls: take their maximum, not their sum.
+ * Counters and histograms add up over several processes. So do gauges of a process (connections, queues); what a sink says of the
+ * stores (`shared` below) every sink says of all calls: take their maximum, not their sum. The processes that INGEST_PROCESSES and
+ * SINK_PROCESSES start are added up in this way before they are scraped: that is what `highest` and `lowest` are for.
  */
-import { Counter, type CounterConfiguration, collectDefaultMetrics, Gauge, Histogram, Registry } from 'prom-client'
+import {
+  type Aggregator,
+  Counter,
+  type CounterConfiguration,
+  collectDefaultMetrics,
+  Gauge,
+  Histogram,
+  Registry,
+} from 'prom-client'
 import { REFUSAL_CODES } from './events.js'
 
 const SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60]
@@ -35,24 +44,49 @@ function fromZero<L extends string>(counter: Counter<L>, label: L, values: reado
   return counter
 }
 
+/** A gauge that never changes. */
+function always(gauge: Gauge, value: number): Gauge {
+  gauge.set(value)
+  return gauge
+}
+
 /** A gauge that says nothing until it is set: what nobody knows is not 0. */
 export function unset<G extends Gauge>(gauge: G): G {
   gauge.remove()
   return gauge
 }
 
+/** Gauges that have one series only, of what is worst. */
+export const ONE_SERIES = ['calltape_sink_worst_partition_lag_seconds']
+/** Of Node's own, what would say nothing as the mean over several processes, or is left out by prom-client: a restart must show. */
+const HIGHEST_OF_NODE = /^(nodejs_eventloop_lag_(?!min_).*seconds|process_start_time_seconds)$/
+
+/** Node's own metrics. */
+function collectOfNode(registry: Registry): void {
+  collectDefaultMetrics({ register: registry })
+  for (const metric of registry.getMetricsAsArray()) {
+    if (HIGHEST_OF_NODE.test(metric.name)) (metric as { aggregator?: Aggregator }).aggregator = 'max'
+  }
+}
+
 /** What makes metrics of one process: their names begin with `prefix`. */
 function metricsOf(prefix: string) {
   const registry = new Registry()
   const registers = [registry]
-  collectDefaultMetrics({ register: registry })
+  collectOfNode(registry)
   const named = (name: string, help: string) => ({ name: `${prefix}_${name}`, help, registers })
+  /** @param aggregator how those of several processes become one */
+  const gaugeBy =
+    (aggregator: Aggregator) =>
+    <L extends string = never>(name: string, help: string, ...labelNames: L[]) =>
+      new Gauge<L>({ ...named(name, help), labelNames, aggregator })
   return {
     registry,
     counter: <L extends string = never>(name: string, help: string, ...labelNames: L[]) =>
       new Counter<L>({ ...named(name, help), labelNames } as CounterConfiguration<L>),
-    gauge: <L extends string = never>(name: string, help: string, ...labelNames: L[]) =>
-      new Gauge<L>({ ...named(name, help), labelNames }),
+    gauge: gaugeBy('sum'),
+    highest: gaugeBy('max'),
+    lowest: gaugeBy('min'),
     seconds: (name: string, help: string) => new Histogram({ ...named(name, help), buckets: SECONDS }),
     sizes: (name: string, help: string) => new Histogram({ ...named(name, help), buckets: SIZES }),
   }
@@ -61,9 +95,10 @@ function metricsOf(prefix: string) {
 export type IngestMetrics = ReturnType<typeof createIngestMetrics>
 
 export function createIngestMetrics() {
-  const { registry, counter, gauge, seconds, sizes } = metricsOf('calltape_ingest')
+  const { registry, counter, gauge, lowest, seconds, sizes } = metricsOf('calltape_ingest')
   return {
     registry,
+    processes: always(gauge('processes', 'Processes that answer: 1, or as many of INGEST_PROCESSES'), 1),
     accepted: counter('events_accepted_total', 'Events that Redis has stored'),
     acked: counter('events_acked_total', 'Events of which their producer was told that they are stored'),
     refused: fromZero(counter('events_refused_total', 'Events refused by name', 'code'), 'code', REFUSAL_CODES),
@@ -95,7 +130,7 @@ export function createIngestMetrics() {
     flushEvents: sizes('flush_events', 'Events in one append'),
     flushSeconds: seconds('flush_seconds', 'Time from sending an append to its reply'),
     flushFailures: counter('flush_failures_total', 'Appends that failed and were sent again'),
-    redisUp: gauge('redis_up', '1 while there is a connection to Redis, else 0'),
+    redisUp: lowest('redis_up', '1 while there is a connection to Redis, else 0'),
     spoolBytes: gauge('spool_bytes', 'Bytes in the spool'),
     spoolMaxBytes: gauge('spool_max_bytes', 'SPOOL_MAX_BYTES; 0 without a spool'),
     spoolEvents: gauge(
@@ -131,9 +166,10 @@ export function countProvidersFromZero({ webhooks, ignored }: IngestMetrics, pro
 export type SinkMetrics = ReturnType<typeof createSinkMetrics>
 
 export function createSinkMetrics() {
-  const { registry, counter, gauge, seconds, sizes } = metricsOf('calltape_sink')
+  const { registry, counter, gauge, highest, lowest, seconds, sizes } = metricsOf('calltape_sink')
   return {
     registry,
+    processes: always(gauge('processes', 'Processes that answer: 1, or as many of SINK_PROCESSES'), 1),
     turns: counter('turns_total', 'Turns committed to PostgreSQL'),
     events: counter('events_total', 'Other call events committed to PostgreSQL'),
     duplicates: counter('duplicate_turns_total', 'Turns read that PostgreSQL had already'),
@@ -160,6 +196,8 @@ export function createSinkMetrics() {
     strays: counter('strays_total', 'Live calls that Redis had forgotten, and that were ended'),
     reclaimed: counter('reclaimed_total', 'Lapsed leases taken over'),
     reaped: counter('reaped_total', 'Calls presumed over'),
+    ownedPartitions: gauge('owned_partitions', 'Partitions whose news wakes this sink'),
+    stolen: counter('stolen_calls_total', "Calls leased of other sinks' partitions, because they had been waiting"),
 
     finalized: fromZero(
       counter(
@@ -186,13 +224,13 @@ export function createSinkMetrics() {
       'event_to_committed_seconds',
       'Time from the arrival of an event in Redis to its COMMIT; of each call in a batch, that of its oldest event',
     ),
-    lastCommit: gauge(
+    lastCommit: highest(
       'last_commit_timestamp_seconds',
       'When this sink last committed a batch, epoch seconds; 0: never',
     ),
     batchesInHand: gauge('batches_in_hand', 'Batches that are being worked on'),
-    gateOpen: gauge('gate_open', '1 while this sink leases calls; 0 while it waits for PostgreSQL'),
-    redisUp: gauge('redis_up', '1 while there is a connection to Redis, else 0'),
+    gateOpen: lowest('gate_open', '1 while this sink leases calls; 0 while it waits for PostgreSQL'),
+    redisUp: lowest('redis_up', '1 while there is a connection to Redis, else 0'),
     postgresConnections: gauge(
       'postgres_connections',
       'Connections to PostgreSQL: busy, idle; and waiting: work that waits for one',
@@ -209,45 +247,46 @@ export function createSinkMetrics() {
 
     /** What every sink says of all calls. While Redis cannot be asked, those have no value that come from there at each scrape. */
     shared: {
-      lagSeconds: unset(gauge('lag_seconds', 'Age of the oldest event in Redis that is not in PostgreSQL')),
-      worstPartition: gauge(
+      sinks: highest('sinks', 'Sinks that share the partitions'),
+      lagSeconds: unset(highest('lag_seconds', 'Age of the oldest event in Redis that is not in PostgreSQL')),
+      worstPartition: highest(
         'worst_partition_lag_seconds',
         'The same, with the partition that it is in; only that one',
         'partition',
       ),
       laggingPartitions: unset(
-        gauge('lagging_partitions', 'Partitions with an event that has been waiting for over a second'),
+        highest('lagging_partitions', 'Partitions with an event that has been waiting for over a second'),
       ),
       entriesBehind: unset(
-        gauge(
+        highest(
           'entries_behind',
           'Entries in Redis that are not in PostgreSQL; where a partition has very many such calls, estimated from some',
         ),
       ),
-      readyCalls: unset(gauge('ready_calls', 'Calls with entries that no sink works on')),
-      leasedCalls: unset(gauge('leased_calls', 'Calls that sinks work on')),
-      openCalls: unset(gauge('open_calls', 'Calls that have not ended')),
-      endedCalls: unset(gauge('ended_calls', 'Final calls that are still in Redis')),
-      keptCalls: gauge(
+      readyCalls: unset(highest('ready_calls', 'Calls with entries that no sink works on')),
+      leasedCalls: unset(highest('leased_calls', 'Calls that sinks work on')),
+      openCalls: unset(highest('open_calls', 'Calls that have not ended')),
+      endedCalls: unset(highest('ended_calls', 'Final calls that are still in Redis')),
+      keptCalls: highest(
         'kept_calls',
         'Final calls past STREAM_RETENTION that stay in Redis because something in them is not in PostgreSQL',
       ),
-      legacyHeld: gauge(
+      legacyHeld: highest(
         'legacy_held_calls',
         'Calls in legacy_held, whose row in LEGACY_CALL_SESSIONS was locked or too slow',
       ),
-      redisMemory: unset(gauge('redis_memory_bytes', 'Memory that Redis uses, all masters together')),
+      redisMemory: unset(highest('redis_memory_bytes', 'Memory that Redis uses, all masters together')),
       redisMaxMemory: unset(
-        gauge('redis_max_memory_bytes', 'What Redis may use: maxmemory of all masters; 0: no limit'),
+        highest('redis_max_memory_bytes', 'What Redis may use: maxmemory of all masters; 0: no limit'),
       ),
-      streams: gauge('streams', "Calls' streams in Redis, at the last sweep"),
-      streamBytes: gauge('stream_bytes', "Memory of calls' streams and sessions in Redis, at the last sweep"),
-      orphans: gauge(
+      streams: highest('streams', "Calls' streams in Redis, at the last sweep"),
+      streamBytes: highest('stream_bytes', "Memory of calls' streams and sessions in Redis, at the last sweep"),
+      orphans: highest(
         'orphan_streams',
         'Keys that look like calls and that nobody works on, at the last sweep, by kind; see calltape orphans',
         'kind',
       ),
-      sweptAt: gauge('last_sweep_timestamp_seconds', 'When the last sweep ended, epoch seconds; 0: never'),
+      sweptAt: highest('last_sweep_timestamp_seconds', 'When the last sweep ended, epoch seconds; 0: never'),
     },
   }
 }

@@ -88,6 +88,11 @@ const ingest = {
     means: 'where ingest listens',
   },
   INGEST_PORT: { type: value.port.default(8080), readBy: ['ingest'], means: 'its port; 0: any that is free' },
+  INGEST_PROCESSES: {
+    type: value.number(0, 64).default(1),
+    readBy: ['ingest'],
+    means: 'how many share the port, each with queues and a spool of its own; 0: one for each core',
+  },
   INGEST_TOKENS: {
     type: value.list.default([]),
     readBy: ['ingest'],
@@ -133,7 +138,7 @@ const ingest = {
     type: value.path.optional(),
     readBy: INGEST_AND_COMMANDS,
     unset: 'none (with `up` and `demo` in their data folder)',
-    means: 'where ingest keeps what Redis cannot take; each ingest needs its own',
+    means: 'where ingest keeps what Redis cannot take; each ingest needs its own (its processes share one)',
   },
   SPOOL_MAX_BYTES: {
     type: value.number(MIB, 1024 * GIB).default(GIB),
@@ -181,6 +186,11 @@ const sink = {
     means: "where the sink's `/metrics`, `/healthz` and `/readyz` are",
   },
   SINK_METRICS_PORT: { type: value.port.default(9464), readBy: ['sink'], means: 'their port; 0: any that is free' },
+  SINK_PROCESSES: {
+    type: value.number(0, 64).default(1),
+    readBy: ['sink'],
+    means: 'how many share the work, each with workers and connections of its own; 0: one for each core',
+  },
   SINK_WORKERS: {
     type: value.number(1, 32).default(2),
     readBy: ['sink'],

@@ -1,40 +1,30 @@
 /** What a sink tells of itself over HTTP: /metrics, /healthz, and /readyz with the reason when it cannot do its job. */
 import { createServer, type Server } from 'node:http'
+import { Registry } from 'prom-client'
 import { type Config, OperatorError } from '../shared/config.js'
+import type { Told } from '../shared/group.js'
 import { reasonOf } from '../shared/log.js'
-import type { SinkMetrics } from '../shared/metrics.js'
 import type { Pool } from '../shared/postgres.js'
 import type { RedisClient } from '../shared/redis.js'
 import type { Backlog } from './backlog.js'
 import { askWritable, type Gate } from './gate.js'
-import { observe } from './observe.js'
 import type { Progress } from './progress.js'
 
 const UNREADY_AFTER_MS = 5000
 
-interface Parts {
-  redis: RedisClient
-  pool: Pool
-  backlog: Backlog
-  gate: Gate
-  progress: Progress
-  metrics: SinkMetrics
-}
-
 /** @throws OperatorError when the port cannot be listened on */
-export function serveHealth(config: Config, parts: Parts, stopped: AbortSignal): Promise<Server> {
-  const { contentType } = parts.metrics.registry
+export function serveHealth(config: Config, told: Told): Promise<Server> {
   const server = createServer((request, response) => {
     const send = (status: number, body: string, type = 'text/plain; charset=utf-8') =>
       response.writeHead(status, { 'Content-Type': type }).end(body)
-    const answer = (status: number, text: Promise<string>, type?: string) =>
+    const answer = (text: Promise<string>, type?: string) =>
       text.then(
-        (body) => send(status, body, type),
+        (body) => send(200, body, type),
         (error: Error) => send(503, `${reasonOf(error)}\n`),
       )
     if (request.url === '/healthz') send(200, 'ok\n')
-    else if (request.url === '/metrics') answer(200, observe(parts), contentType)
-    else if (request.url === '/readyz') answer(200, beReady(parts, stopped))
+    else if (request.url === '/metrics') answer(told.metrics(), Registry.PROMETHEUS_CONTENT_TYPE)
+    else if (request.url === '/readyz') answer(told.ready().then(() => 'ready\n'))
     else send(404, 'there is /metrics, /healthz and /readyz\n')
   })
   return new Promise((resolve, reject) => {
@@ -46,8 +36,17 @@ export function serveHealth(config: Config, parts: Parts, stopped: AbortSignal):
   })
 }
 
+interface Parts {
+  redis: RedisClient
+  pool: Pool
+  backlog: Backlog
+  gate: Gate
+  progress: Progress
+}
+
 /** @throws what keeps the sink from its job */
-async function beReady({ redis, pool, backlog, gate, progress }: Parts, stopped: AbortSignal): Promise<string> {
+export async function requireReady(parts: Parts, stopped: AbortSignal): Promise<void> {
+  const { redis, pool, backlog, gate, progress } = parts
   if (stopped.aborted) throw new Error('stopping')
   if (redis.status !== 'ready') throw new Error(`Redis: ${redis.status}`)
   if (gate.reason && (await backlog.read()).lagMs === 0) gate.idle()
@@ -58,5 +57,4 @@ async function beReady({ redis, pool, backlog, gate, progress }: Parts, stopped:
   await askWritable(pool).catch((error: Error) => {
     throw new Error(`PostgreSQL: ${reasonOf(error)}`)
   })
-  return 'ready\n'
 }

@@ -13,12 +13,8 @@ interface Parts {
   metrics: SinkMetrics
 }
 
-/**
- * A Redis that cannot be asked takes away what only it knows, and nothing else: that is when the other metrics are wanted.
- *
- * @returns all metrics, in Prometheus' text format
- */
-export async function observe({ redis, pool, backlog, gate, metrics }: Parts): Promise<string> {
+/** A Redis that cannot be asked takes away what only it knows, and nothing else: that is when the other metrics are wanted. */
+export async function observe({ redis, pool, backlog, gate, metrics }: Parts): Promise<void> {
   metrics.redisUp.set(redis.status === 'ready' ? 1 : 0)
   metrics.gateOpen.set(gate.isOpen ? 1 : 0)
   metrics.postgresConnections.set({ state: 'busy' }, pool.totalCount - pool.idleCount)
@@ -28,7 +24,6 @@ export async function observe({ redis, pool, backlog, gate, metrics }: Parts): P
     observeBacklog(backlog, metrics).catch(() => forgetBacklog(metrics)),
     observeMemory(redis, metrics).catch(() => forgetMemory(metrics)),
   ])
-  return metrics.registry.metrics()
 }
 
 async function observeBacklog(backlog: Backlog, { shared }: SinkMetrics): Promise<void> {

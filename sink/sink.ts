@@ -1,6 +1,7 @@
 /** The sink process: workers, what has to be done now and then (reclaim, reap), and what it tells of itself over HTTP. */
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { Config } from '../shared/config.js'
+import type { Group, Member, MetricValues } from '../shared/group.js'
 import type { CallPlace, Partitions } from '../shared/keys.js'
 import type { Logger } from '../shared/log.js'
 import { createSinkMetrics, type SinkMetrics } from '../shared/metrics.js'
@@ -10,20 +11,22 @@ import { requireReachable, requireSchema } from '../shared/schema.js'
 import { requireArchiveDir } from './archive-file.js'
 import { Backlog } from './backlog.js'
 import { askWritable, Gate } from './gate.js'
-import { serveHealth } from './health.js'
+import { requireReady, serveHealth } from './health.js'
 import { closeFinal } from './late.js'
 import { Leases } from './lease.js'
 import { Legacy } from './legacy.js'
+import { observe } from './observe.js'
 import { Progress } from './progress.js'
 import { Retention, retentionSettings } from './retention.js'
+import { LOOK_MS, Share } from './share.js'
 import { endStrays } from './strays.js'
 import { Sweep } from './sweep.js'
 import { Wake } from './wake.js'
 import { Worker, type WorkerContext } from './worker.js'
 import { writeSettings } from './write.js'
 
-export interface Sink {
-  /** http://host:port of /metrics, /healthz and /readyz */
+export interface Sink extends Member {
+  /** http://host:port of /metrics, /healthz and /readyz; empty in a group, which has them for all its processes */
   url: string
   /** Finishes the batches in hand, settles, closes. */
   stop(): Promise<void>
@@ -50,8 +53,11 @@ const DISCONNECT_TIMEOUT_MS = 1000
 /** How often legacy rows that were locked are tried again. */
 const LOCKED_MS = 2000
 
-/** @throws OperatorError when Redis or PostgreSQL cannot be used, or the schema does not fit */
-export async function startSink(config: Config, log: Logger): Promise<Sink> {
+/**
+ * @param group if this process is one of several
+ * @throws OperatorError when Redis or PostgreSQL cannot be used, or the schema does not fit
+ */
+export async function startSink(config: Config, log: Logger, group?: Group): Promise<Sink> {
   const onError = (error: Error) => log.warn({ err: error }, 'postgres connection')
   const leaseMs = config.LEASE_SECONDS * 1000
   const writeTimeoutMs = config.DATABASE_TIMEOUT * 1000
@@ -86,15 +92,22 @@ export async function startSink(config: Config, log: Logger): Promise<Sink> {
     })
     const leases = new Leases(redis, partitions, leaseMs)
     const backlog = new Backlog(redis, partitions)
-    const wake = new Wake(config.PARTITIONS)
-    await askAtStart(config.REDIS_URL, () => listen(subscriber, leases.wakeChannels, wake))
+    const wake = new Wake(config.PARTITIONS, config.SINK_WORKERS)
+    const share = new Share(redis, partitions, wake)
+    await askAtStart(config.REDIS_URL, async () => {
+      await listen(subscriber, leases.wakeChannels, wake)
+      await share.announce(true)
+    })
 
     const metrics = createSinkMetrics()
     const legacy = await openLegacy(config, pool, metrics, log)
     const progress = new Progress()
     const stopped = new AbortController()
     const gate = new Gate(() => askWritable(pool), log, stopped.signal)
-    const server = await serveHealth(config, { redis, pool, backlog, gate, progress, metrics }, stopped.signal)
+    const parts = { redis, pool, backlog, gate, progress, metrics }
+    const ready = () => requireReady(parts, stopped.signal)
+    const text = () => observe(parts).then(() => metrics.registry.metrics())
+    const server = group ? undefined : await serveHealth(config, { ready, metrics: text })
 
     const maxDeliveries = config.MAX_DELIVERIES
     const limits = {
@@ -110,21 +123,23 @@ export async function startSink(config: Config, log: Logger): Promise<Sink> {
     }
     const workers = Array.from({ length: config.SINK_WORKERS }, () => new Worker(context))
     const running = workers.map((worker) => worker.run())
-    tend(context, partitions, config, stopped.signal)
+    tend(context, share, partitions, config, stopped.signal)
     cleanUp(context, partitions, config, stopped.signal)
-    const { port } = server.address() as { port: number }
-    const url = `http://${config.SINK_METRICS_HOST}:${port}`
+    const url = server ? `http://${config.SINK_METRICS_HOST}:${(server.address() as { port: number }).port}` : ''
     log.info({ url, workers: workers.length, partitions: config.PARTITIONS }, 'sink runs')
     return {
       url,
+      ready,
+      metrics: () => observe(parts).then(() => metrics.registry.getMetricsAsJSON() as Promise<MetricValues>),
       async stop() {
         stopped.abort()
         for (const worker of workers) worker.stop()
         wake.ring()
+        share.leave().catch(() => undefined) // it lapses
         const finished = Promise.all(running).then(() => true)
         const isFinished = await Promise.race([finished, sleep(STOP_TIMEOUT_MS, false, { ref: false })])
-        server.close()
-        server.closeAllConnections()
+        server?.close()
+        server?.closeAllConnections()
         if (!isFinished) {
           log.error('a batch in hand does not come to its end; it is given back, so another sink takes it over')
           await atMost(DISCONNECT_TIMEOUT_MS, Promise.all(workers.map((worker) => worker.giveUp())))
@@ -141,7 +156,7 @@ export async function startSink(config: Config, log: Logger): Promise<Sink> {
 
 /** Who has news, from ingest. */
 async function listen(subscriber: RedisClient, channels: string[], wake: Wake): Promise<void> {
-  subscriber.on('smessage', (_channel: string, message: string) => wake.add(message.split(',').map(Number)))
+  subscriber.on('smessage', (_channel: string, message: string) => wake.news(message.split(',').map(Number)))
   const subscribe = () => Promise.all(channels.map((channel) => subscriber.ssubscribe(channel)))
   await subscribe()
   subscriber.on('ready', () => {
@@ -151,10 +166,16 @@ async function listen(subscriber: RedisClient, channels: string[], wake: Wake): 
 }
 
 /** What is to be done besides batches, now and then. */
-function tend(context: WorkerContext, partitions: Partitions, config: Config, signal: AbortSignal): void {
+function tend(context: WorkerContext, share: Share, partitions: Partitions, config: Config, signal: AbortSignal): void {
   const { redis, pool, legacy, gate, metrics, log } = context
   const again = (what: string, everyMs: number, work: () => Promise<unknown>) =>
     repeat(what, everyMs, log, signal, work)
+  again('sharing the partitions', TEND_MS, async () => {
+    await share.announce(gate.isOpen)
+    metrics.ownedPartitions.set(share.owned)
+    metrics.shared.sinks.set(share.sinks)
+  })
+  again('looking at what other sinks leave', LOOK_MS, async () => gate.isOpen && share.look())
   again('reclaiming', TEND_MS, () => reclaim(context))
   again('reaping', TEND_MS, async () => {
     await gate.pass()

@@ -1,5 +1,5 @@
-import { setImmediate as turnOfTheLoop } from 'node:timers/promises'
-import { describe, expect, test } from 'vitest'
+import { setTimeout as sleep, setImmediate as turnOfTheLoop } from 'node:timers/promises'
+import { describe, expect, test, vi } from 'vitest'
 import { Wake } from './wake.js'
 
 /** A worker that waits once: awake or not. */
@@ -99,5 +99,66 @@ describe('wait', () => {
     wake.all()
     expect(await settled(workers)).toEqual([{ awake: true }, { awake: false }])
     expect([...wake.take()]).toEqual([0, 1, 2])
+  })
+})
+
+describe('shared', () => {
+  test('news_of_others_is_noted_and_wakes_nobody', async () => {
+    const wake = quiet()
+    wake.share(new Set([0, 1]))
+    const worker = sleeper(wake)
+    wake.news([2, 3])
+    expect(await settled(worker)).toEqual({ awake: false })
+    expect([...wake.takeNoted()]).toEqual([2, 3])
+    expect([...wake.takeNoted()]).toEqual([])
+    wake.news([1, 2])
+    expect(await settled(worker)).toEqual({ awake: true })
+    expect([...wake.take()]).toEqual([1])
+  })
+
+  test('what_was_hinted_at_goes_with_its_partition_to_the_other_sink', () => {
+    const wake = new Wake(4)
+    wake.share(new Set([0, 1]))
+    expect([...wake.take()]).toEqual([0, 1])
+    expect([...wake.takeNoted()]).toEqual([2, 3])
+  })
+
+  test('who_gets_a_partition_asks_for_it_at_once', async () => {
+    const wake = quiet()
+    wake.share(new Set([0]))
+    wake.news([1])
+    const worker = sleeper(wake)
+    wake.share(new Set([0, 1]))
+    expect(await settled(worker)).toEqual({ awake: true })
+    expect([...wake.take()]).toEqual([1])
+    expect([...wake.takeNoted()]).toEqual([])
+    wake.share(undefined)
+    expect([...wake.take()], 'the others are gone').toEqual([2, 3])
+  })
+
+  test('it_is_idle_only_while_a_worker_sleeps_and_nothing_is_to_be_asked', () => {
+    const wake = quiet()
+    expect(wake.isIdle).toBe(false)
+    sleeper(wake)
+    expect(wake.isIdle).toBe(true)
+    wake.add([0])
+    expect(wake.isIdle).toBe(false)
+  })
+
+  test('a_second_worker_is_woken_only_for_what_the_first_one_does_not_take_in_time', async () => {
+    const wake = new Wake(4, 2)
+    wake.take()
+    wake.share(new Set([0, 1]))
+    const [first, second] = [sleeper(wake), sleeper(wake)]
+    wake.news([0])
+    expect(await settled([first, second])).toEqual([{ awake: true }, { awake: false }])
+    wake.take()
+    wake.news([1])
+    wake.take() // the first one comes back
+    await sleep(30)
+    expect(second).toEqual({ awake: false })
+    wake.news([1])
+    await vi.waitFor(() => expect(second).toEqual({ awake: true }))
+    expect([...wake.take()]).toEqual([1])
   })
 })

@@ -106,6 +106,7 @@ export class Worker {
     crashPoint('after-lease')
     if (taken.length > 0) metrics.leaseSeconds.observe((performance.now() - started) / 1000)
     wake.add(more)
+    metrics.stolen.inc(taken.filter(({ partition }) => !wake.owns(partition.partition)).length)
     progress.succeeded('Redis')
     metrics.lostStreams.inc(gone.length)
     for (const callSid of gone) {
@@ -143,7 +144,7 @@ export class Worker {
     const started = performance.now()
     const { lapsed, again, lost } = await hold.settle(settlements)
     metrics.settleSeconds.observe((performance.now() - started) / 1000)
-    wake.add(again)
+    wake.news(again)
     if (lapsed > 0) log.warn({ lapsed }, 'leases lapsed while their entries were being committed')
     for (const { callSid, entries } of lost) {
       metrics.lostEntries.inc(entries)

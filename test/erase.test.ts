@@ -1,6 +1,6 @@
 /** `calltape erase`: nothing of a call is left, whoever works on it meanwhile, and nothing of any other call is missing. */
 import { randomBytes } from 'node:crypto'
-import { mkdtemp, readdir, readFile, rm, utimes, writeFile } from 'node:fs/promises'
+import { mkdir, mkdtemp, readdir, readFile, rm, utimes, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
@@ -290,6 +290,18 @@ test('a_spool_that_is_still_being_emptied_in_the_end_is_left_to_its_ingest', asy
   expect(outcome.left.rows).toEqual([{ where: 'spool', what: 'events', count: 2 }])
   expect(await readFile(join(directory, 'owner'), 'utf8')).toBe('of an ingest')
   expect(await eventsIn(segments[0]!)).toHaveLength(2)
+})
+
+test('the_spools_of_all_processes_of_an_ingest_are_searched', async () => {
+  const directory = await folder()
+  for (const place of ['', 'process-0', 'process-5']) {
+    await mkdir(join(directory, place), { recursive: true })
+    await writeFile(join(directory, place, segmentName(1, 'abcdef01')), segmentOf([turn(sid, 0), turn(other, 0)]))
+  }
+  const outcome = await erase(ALL, [], directory)
+  expect(outcome.tally.rows).toContainEqual({ where: 'spool', what: 'events', count: 3 })
+  expect(outcome.state).toBe('erased')
+  expect(await eventsIn(join(directory, 'process-5', segmentName(1, 'abcdef01')))).toHaveLength(1)
 })
 
 test('a_spool_that_an_ingest_empties_is_waited_for_and_stays_its_own', async () => {

@@ -48,7 +48,7 @@ test('memory_returns_to_its_starting_level_after_20000_calls_have_passed_their_r
       expect(await response.json()).toMatchObject({ accepted: events.length })
     }
   }
-  const THERE_ANYWAY = 4 // `ct:partitions`, the sweep's two, and ingest's producer
+  const THERE_ANYWAY = 5 // `ct:partitions`, `ct:sinks`, the sweep's two, and ingest's producer
   const isEmpty = async () => (await redis.dbsize()) <= THERE_ANYWAY
   const memory = async () => figureOf(await redis.info('memory'), 'used_memory')
 

@@ -6,6 +6,7 @@
  * something from the one before. So all are looked at once more, and the removal is run again, until nothing has come back.
  */
 import { setTimeout as sleep } from 'node:timers/promises'
+import { spoolsIn } from '../../ingest/spool-places.js'
 import type { Config } from '../../shared/config.js'
 import type { Partitions } from '../../shared/keys.js'
 import type { Pool } from '../../shared/postgres.js'
@@ -121,7 +122,7 @@ export class Erasure {
 
   /** @param into where what was found is counted */
   private async look(outcomes: Outcome[], into: 'tally' | 'left'): Promise<Map<Outcome, InRedis>> {
-    const { redis, partitions, pool, spoolDir, archives } = this.stores
+    const { redis, partitions, pool, archives } = this.stores
     const found = new Map<Outcome, InRedis>()
     for (const outcome of outcomes) {
       const inRedis = await eraseInRedis(redis, partitions, outcome.callSid, 'look')
@@ -130,7 +131,7 @@ export class Erasure {
       this.addRows(outcome[into], await countInPostgres(pool, outcome.callSid))
     }
     const callSids = sidsOf(outcomes)
-    if (spoolDir !== undefined) this.addSpool(outcomes, into, (await lookInSpool(spoolDir, callSids)).counts)
+    for (const spool of await this.spools()) this.addSpool(outcomes, into, (await lookInSpool(spool, callSids)).counts)
     const paths = await listArchives(archives.given, archives.dir)
     const { counts, unreadable } = await lookInArchives(paths, callSids)
     for (const outcome of outcomes) outcome[into].add('archives', 'entries', counts.get(outcome.callSid) ?? 0)
@@ -143,15 +144,20 @@ export class Erasure {
   }
 
   private async eraseSpool(outcomes: Outcome[]): Promise<void> {
-    const { spoolDir } = this.stores
-    if (spoolDir === undefined) return
     const callSids = sidsOf(outcomes)
-    const mayTakeOver = await awaitEmptying(spoolDir, callSids, this.deadline)
-    const { counts, isTakenOver } = await eraseInSpool(spoolDir, callSids, mayTakeOver)
-    this.addSpool(outcomes, 'tally', counts)
-    if (!isTakenOver) return
-    const says = `${spoolDir} was taken over, for nobody was emptying it: an ingest that uses it all the same has to be restarted`
-    for (const outcome of outcomes) if (counts.pending.has(outcome.callSid)) note(outcome, says)
+    for (const spool of await this.spools()) {
+      const mayTakeOver = await awaitEmptying(spool, callSids, this.deadline)
+      const { counts, isTakenOver } = await eraseInSpool(spool, callSids, mayTakeOver)
+      this.addSpool(outcomes, 'tally', counts)
+      if (!isTakenOver) continue
+      const says = `${spool} was taken over, for nobody was emptying it: an ingest that uses it all the same has to be restarted`
+      for (const outcome of outcomes) if (counts.pending.has(outcome.callSid)) note(outcome, says)
+    }
+  }
+
+  /** Of each of ingest's processes. */
+  private async spools(): Promise<string[]> {
+    return this.stores.spoolDir === undefined ? [] : spoolsIn(this.stores.spoolDir)
   }
 
   /** @param isBegun what comes now belongs to what was erased */

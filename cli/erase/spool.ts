@@ -37,7 +37,7 @@ export interface InSpool {
   files: { path: string; kind: Kind }[]
 }
 
-/** @param directory SPOOL_DIR; one that is not there has nothing */
+/** @param directory of one process, below SPOOL_DIR or SPOOL_DIR itself; one that is not there has nothing */
 export async function lookInSpool(directory: string, callSids: ReadonlySet<string>): Promise<InSpool> {
   const found: InSpool = { counts: { pending: new Map(), damaged: new Map(), refused: new Map() }, files: [] }
   for (const name of await namesIn(directory)) {

@@ -38,7 +38,12 @@ export class Wire {
   }
 
   /** @throws when the server does not upgrade: `Unexpected server response: 401` */
-  static async open(ingest: Ingest, query = '', options: ClientOptions = {}, protocols: string[] = []): Promise<Wire> {
+  static async open(
+    ingest: Pick<Ingest, 'url'>,
+    query = '',
+    options: ClientOptions = {},
+    protocols: string[] = [],
+  ): Promise<Wire> {
     const url = `${ingest.url.replace('http', 'ws')}/v1/stream${query}`
     const socket = new WebSocket(url, protocols, { perMessageDeflate: false, ...options })
     const wire = new Wire(socket)

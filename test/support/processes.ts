@@ -1,6 +1,6 @@
 /** ingest and sink as real processes, to be killed: a supervisor starts again what dies, and writes down how it died. */
 import { type ChildProcess, fork } from 'node:child_process'
-import { closeSync, openSync } from 'node:fs'
+import { closeSync, openSync, readFileSync } from 'node:fs'
 import { setTimeout as sleep } from 'node:timers/promises'
 import getPort, { portNumbers } from 'get-port'
 import { childEnvironment, type Environment } from '../../shared/config.js'
@@ -10,6 +10,21 @@ import { PROGRAM } from './program.js'
 const PORTS = [15_000, 30_000] as const
 /** Between a death and the next start; a start while the stores are away fails, and is tried again. */
 const RESTART_PAUSE_MS = 50
+
+/** The processes that a process has started, in that order (Linux). */
+export function childrenOf(pid: number): number[] {
+  const children = readFileSync(`/proc/${pid}/task/${pid}/children`, 'utf8').trim()
+  return children === '' ? [] : children.split(' ').map(Number)
+}
+
+/** Whether there is such a process, be it a dead one that nobody has reaped. */
+export function isAlive(pid: number): boolean {
+  try {
+    return process.kill(pid, 0)
+  } catch {
+    return false
+  }
+}
 
 /** A port that is free now and stays so while what listens on it is restarted. */
 export async function lastingPort(): Promise<number> {
@@ -51,6 +66,10 @@ export class Service {
 
   constructor(readonly options: ServiceOptions) {
     this.launch()
+  }
+
+  get pid(): number {
+    return this.child!.pid!
   }
 
   /** It served, and died by itself. (One that finds no store when it starts says so and exits.) */

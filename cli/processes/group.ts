@@ -1,0 +1,75 @@
+/**
+ * The processes of one service, and the one process that started them: it passes signals on, starts again what dies, and knows
+ * what all of them say together. It is on no event's way.
+ */
+
+import type { Environment } from '../../shared/config.js'
+import type { Told } from '../../shared/group.js'
+import type { Logger } from '../../shared/log.js'
+import { addUp } from './figures.js'
+import { Slot } from './slot.js'
+
+export interface GroupOptions {
+  name: 'ingest' | 'sink'
+  size: number
+  /** Theirs, where it differs from ours. */
+  environment: Environment
+  log: Logger
+}
+
+export class ProcessGroup implements Told {
+  private readonly slots: Slot[] = []
+  private isStopping = false
+
+  constructor(private readonly options: GroupOptions) {}
+
+  /**
+   * The first one alone: what keeps it from starting would keep them all, and is told once.
+   *
+   * @returns where the first one listens
+   * @throws NotStarted when one of them cannot start; the others are stopped
+   */
+  async start(): Promise<string> {
+    try {
+      const url = await this.add().start()
+      const port = url === '' ? undefined : Number(new URL(url).port || (url.startsWith('https') ? 443 : 80))
+      if (this.isStopping) return url
+      const others = Array.from({ length: this.options.size - 1 }, () => this.add(port))
+      const started = await Promise.allSettled(others.map((slot) => slot.start()))
+      for (const result of started) if (result.status === 'rejected') throw result.reason
+      return url
+    } catch (error) {
+      await this.stop()
+      throw error
+    }
+  }
+
+  async stop(): Promise<void> {
+    this.isStopping = true
+    await Promise.all(this.slots.map((slot) => slot.stop()))
+  }
+
+  async metrics(): Promise<string> {
+    return addUp((await Promise.all(this.slots.map((slot) => slot.metrics()))).flat())
+  }
+
+  /** All that serve must be ready: whoever gets the next connection can do its job. One that is being started gets none. */
+  async ready(): Promise<void> {
+    const serving = [...this.slots.entries()].filter(([, slot]) => slot.serves)
+    if (serving.length === 0) throw new Error('no process serves')
+    const ask = ([place, slot]: [number, Slot]) =>
+      slot.ready().catch((error: Error) => {
+        throw new Error(`process ${place}: ${error.message}`)
+      })
+    await Promise.all(serving.map(ask))
+  }
+
+  private add(port?: number): Slot {
+    const { name, size, environment, log } = this.options
+    const slot = this.slots.length
+    const args = ['--slot', `${slot}/${size}`, ...(port === undefined ? [] : ['--port', String(port)])]
+    const added = new Slot({ name, slot, args, environment, told: this, log })
+    this.slots.push(added)
+    return added
+  }
+}

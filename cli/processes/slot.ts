@@ -1,0 +1,155 @@
+/** One process of a group: started, started again when it dies, asked, stopped. */
+import { type ChildProcess, fork } from 'node:child_process'
+import { join } from 'node:path'
+import { setTimeout as sleep } from 'node:timers/promises'
+import { backoffMs } from '../../shared/backoff.js'
+import { childEnvironment, type Environment } from '../../shared/config.js'
+import type { MetricValues, Told } from '../../shared/group.js'
+import type { Logger } from '../../shared/log.js'
+import { PACKAGE_ROOT } from '../../shared/package-root.js'
+import { Channel } from './channel.js'
+import { counted, keepCounts } from './figures.js'
+
+const FIRST_PAUSE_MS = 200
+const MAX_PAUSE_MS = 10_000
+/** Who has lived for so long did not die of its start. */
+const LONG_LIFE_MS = 30_000
+/** What a sink asks of Redis for its metrics may take 2 s. */
+const ANSWER_TIMEOUT_MS = 2500
+/** Above what a process gives itself to finish, below what is promised for the whole. */
+const STOP_TIMEOUT_MS = 9000
+
+/** It ended before it served; why, it has said itself. */
+export class NotStarted extends Error {
+  constructor(
+    readonly exitCode: number | null,
+    how: string,
+  ) {
+    super(how)
+  }
+}
+
+export interface SlotOptions {
+  name: 'ingest' | 'sink'
+  slot: number
+  /** What the command is given behind its name. */
+  args: string[]
+  environment: Environment
+  /** What its process may ask of all. */
+  told: Told
+  log: Logger
+}
+
+export class Slot {
+  private child: ChildProcess | undefined
+  private channel: Channel | undefined
+  private exited: Promise<void> = Promise.resolve()
+  private isServing = false
+  private isStopping = false
+  private failures = 0
+  /** What its process said last. */
+  private last: MetricValues = []
+  /** What those before it had counted. */
+  private past: MetricValues = []
+
+  constructor(private readonly options: SlotOptions) {}
+
+  get serves(): boolean {
+    return this.isServing
+  }
+
+  /**
+   * From then on it is started again when it dies.
+   *
+   * @returns where it listens @throws NotStarted
+   */
+  async start(): Promise<string> {
+    const url = await this.launch()
+    void this.supervise()
+    return url
+  }
+
+  /** Resolves when there is no process any more. */
+  async stop(): Promise<void> {
+    this.isStopping = true
+    const { child } = this
+    child?.kill('SIGTERM')
+    const timer = setTimeout(() => {
+      this.options.log.error({ slot: this.options.slot }, 'a process does not stop: it is killed')
+      child?.kill('SIGKILL')
+    }, STOP_TIMEOUT_MS)
+    await this.exited
+    clearTimeout(timer)
+  }
+
+  /** What it and those before it have counted; gauges only if it answers. */
+  async metrics(): Promise<MetricValues[]> {
+    const { channel } = this
+    if (!this.isServing || !channel) return [this.past, counted(this.last)]
+    try {
+      const said = (await channel.ask('metrics', ANSWER_TIMEOUT_MS)) as MetricValues
+      if (this.channel === channel) this.last = said
+      return [this.past, said]
+    } catch {
+      return [this.past, counted(this.last)]
+    }
+  }
+
+  /** @throws why it cannot do its job */
+  async ready(): Promise<void> {
+    await this.channel?.ask('ready', ANSWER_TIMEOUT_MS)
+  }
+
+  private async launch(): Promise<string> {
+    const { name, args, environment, told } = this.options
+    const child = fork(join(PACKAGE_ROOT, 'dist/cli/calltape.js'), [name, ...args], {
+      env: childEnvironment(environment),
+      execArgv: [],
+      stdio: ['ignore', 'inherit', 'inherit', 'ipc'],
+      serialization: 'advanced', // JSON has no NaN
+      detached: true, // Ctrl-C is for us: we stop all, and start none again
+    })
+    this.child = child
+    this.channel = new Channel(child, told)
+    this.exited = new Promise((resolve) => {
+      child.once('exit', () => {
+        this.isServing = false
+        resolve()
+      })
+      child.on('error', () => child.pid === undefined && resolve()) // then there is no 'exit'
+    })
+    return await new Promise<string>((resolve, reject) => {
+      const onMessage = (message: unknown) => {
+        const { url } = message as { url?: string }
+        if (url === undefined) return
+        child.off('message', onMessage)
+        this.isServing = true
+        resolve(url)
+      }
+      child.on('message', onMessage)
+      child.once('exit', (code, signal) => reject(new NotStarted(code, signal ?? `exit code ${code}`)))
+      child.once('error', reject)
+    })
+  }
+
+  private async supervise(): Promise<void> {
+    const { log, slot } = this.options
+    for (;;) {
+      const born = Date.now()
+      await this.exited
+      const { exitCode, signalCode } = this.child!
+      // Until this is done, what it had counted is in `last`: at no moment is it in neither.
+      this.past = await keepCounts([this.past, this.last])
+      this.last = []
+      if (this.isStopping) return
+      if (Date.now() - born > LONG_LIFE_MS) this.failures = 0
+      const pauseMs = backoffMs(++this.failures, FIRST_PAUSE_MS, MAX_PAUSE_MS)
+      log.error({ slot, exitCode, signal: signalCode, pauseMs }, 'a process died: it is started again')
+      await sleep(pauseMs)
+      if (this.isStopping) return
+      await this.launch().catch((error: Error) => {
+        if (!(error instanceof NotStarted)) log.error({ slot, err: error }, 'a process cannot be started')
+      }) // it has ended: the loop begins anew
+    }
+  }
+}
