@@ -92,7 +92,7 @@ export async function startSink(config: Config, log: Logger, group?: Group): Pro
     })
     const leases = new Leases(redis, partitions, leaseMs)
     const backlog = new Backlog(redis, partitions)
-    const wake = new Wake(config.PARTITIONS, config.SINK_WORKERS)
+    const wake = new Wake(config.PARTITIONS)
     const share = new Share(redis, partitions, wake)
     await askAtStart(config.REDIS_URL, async () => {
       await listen(subscriber, leases.wakeChannels, wake)

@@ -1,5 +1,5 @@
-import { setTimeout as sleep, setImmediate as turnOfTheLoop } from 'node:timers/promises'
-import { describe, expect, test, vi } from 'vitest'
+import { setImmediate as turnOfTheLoop } from 'node:timers/promises'
+import { describe, expect, test } from 'vitest'
 import { Wake } from './wake.js'
 
 /** A worker that waits once: awake or not. */
@@ -143,22 +143,5 @@ describe('shared', () => {
     expect(wake.isIdle).toBe(true)
     wake.add([0])
     expect(wake.isIdle).toBe(false)
-  })
-
-  test('a_second_worker_is_woken_only_for_what_the_first_one_does_not_take_in_time', async () => {
-    const wake = new Wake(4, 2)
-    wake.take()
-    wake.share(new Set([0, 1]))
-    const [first, second] = [sleeper(wake), sleeper(wake)]
-    wake.news([0])
-    expect(await settled([first, second])).toEqual([{ awake: true }, { awake: false }])
-    wake.take()
-    wake.news([1])
-    wake.take() // the first one comes back
-    await sleep(30)
-    expect(second).toEqual({ awake: false })
-    wake.news([1])
-    await vi.waitFor(() => expect(second).toEqual({ awake: true }))
-    expect([...wake.take()]).toEqual([1])
   })
 })
