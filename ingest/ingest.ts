@@ -26,7 +26,7 @@ const LOOPBACK = new Set(['127.0.0.1', '::1', 'localhost'])
 /** @throws OperatorError when the configuration does not allow to start, or Redis cannot be used */
 export async function startIngest(config: Config, log: Logger): Promise<Ingest> {
   const host = listenHost(config)
-  const redis = await connectRedis(config.REDIS_URL, log)
+  const redis = await connectRedis(config.REDIS_URL, log, config)
   try {
     const metrics = createIngestMetrics()
     metrics.queueMaxBytes.set(config.MAX_QUEUE_BYTES)

@@ -21,8 +21,11 @@ export function readConfig(env: Environment = process.env): Config {
   const given = givenEnvironment(env)
   const result = environmentSchema.safeParse(given)
   const lines = (result.error?.issues ?? []).map((issue) => `${issue.path.join('.')}: ${issue.message}`)
-  if (!given.TLS_CERT_FILE !== !given.TLS_KEY_FILE) {
-    lines.push('TLS_CERT_FILE and TLS_KEY_FILE: set both or neither')
+  for (const [cert, key] of [
+    ['TLS_CERT_FILE', 'TLS_KEY_FILE'],
+    ['REDIS_TLS_CERT_FILE', 'REDIS_TLS_KEY_FILE'],
+  ] as const) {
+    if (!given[cert] !== !given[key]) lines.push(`${cert} and ${key}: set both or neither`)
   }
   if (!result.success || lines.length > 0) {
     throw new OperatorError(`the configuration is wrong:\n  ${lines.join('\n  ')}`)

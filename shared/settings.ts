@@ -42,6 +42,18 @@ const stores = {
     secret: 'in URL',
     means: 'the Redis (or Valkey) that keeps the streams',
   },
+  REDIS_TLS_CA_FILE: {
+    type: value.path.optional(),
+    readBy: EVERYBODY,
+    unset: 'those that Node knows',
+    means: "PEM file: for `rediss://`, the CA of the server's certificate",
+  },
+  REDIS_TLS_CERT_FILE: {
+    type: value.path.optional(),
+    readBy: EVERYBODY,
+    means: 'PEM file: the certificate to show to a server that wants one',
+  },
+  REDIS_TLS_KEY_FILE: { type: value.path.optional(), readBy: EVERYBODY, means: 'its key, a PEM file' },
   DATABASE_URL: {
     type: value.databaseUrl.default('postgres://127.0.0.1:5432/calltape'),
     readBy: SINK_AND_COMMANDS,

@@ -66,7 +66,7 @@ export async function startSink(config: Config, log: Logger): Promise<Sink> {
   )
   const clients: RedisClient[] = []
   const connect = async () => {
-    const client = await connectRedis(config.REDIS_URL, log)
+    const client = await connectRedis(config.REDIS_URL, log, config)
     clients.push(client)
     return client
   }
