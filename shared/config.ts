@@ -6,8 +6,8 @@ import type { z } from 'zod'
 import { environmentSchema, SETTING_NAMES, SETTINGS } from './settings.js'
 
 export type Config = z.infer<typeof environmentSchema>
-/** Where PostgreSQL is, and which schema there is calltape's. */
-export type DatabaseConfig = Pick<Config, 'DATABASE_URL' | 'DATABASE_SCHEMA'>
+/** Where PostgreSQL is, which schema there is calltape's, and whether a pooler is in between. */
+export type DatabaseConfig = Pick<Config, 'DATABASE_URL' | 'DATABASE_SCHEMA'> & Partial<Pick<Config, 'DATABASE_POOLER'>>
 export type Environment = Record<string, string | undefined>
 
 /** An error that no configuration, no store and no network is to blame for. */

@@ -65,6 +65,11 @@ const stores = {
     readBy: SINK_AND_COMMANDS,
     means: "the PostgreSQL schema that calltape's tables are in; `migrate` makes it",
   },
+  DATABASE_POOLER: {
+    type: value.word('none', 'transaction').default('none'),
+    readBy: SINK_AND_COMMANDS,
+    means: 'whether DATABASE_URL is a pooler such as PgBouncer, which lends a connection for each `transaction`',
+  },
   LEGACY_CALL_SESSIONS: {
     type: value.tableName.optional(),
     readBy: SINK_AND_COMMANDS,
