@@ -48,7 +48,10 @@ async function runMigrations(client: PoolClient, database: DatabaseConfig, say: 
   const { missing, newer, strangers } = await compareSchema(client, database)
   if (strangers.length > 0) throw new OperatorError(strangersMessage(database, strangers))
   if (newer.length > 0) throw new OperatorError(newerMessage(newer))
-  if (missing.length === 0) return []
+  if (missing.length === 0) {
+    await client.query('ROLLBACK') // a pooler would close its connection, too, in the middle of a transaction
+    return []
+  }
   await prepareSchema(client, database.DATABASE_SCHEMA, say)
   const done = await runner({
     dbClient: client,

@@ -62,6 +62,24 @@ describe.skipIf(!command)('through_pgbouncer', () => {
     })
   }
 
+  async function expectNothingLeft(database: Database): Promise<void> {
+    // Two other clients of the same pooler at once have both of its connections; after COMMIT, as they are without settings of ours.
+    const other = otherClient(database)
+    onTestFinished(() => other.end())
+    const left = `COMMIT; SELECT current_setting('search_path') AS path, current_setting('statement_timeout') AS timeout,
+      (SELECT count(*)::int FROM pg_prepared_statements) AS prepared, to_regclass('pg_temp.staged_turns') AS staged,
+      (SELECT count(*)::int FROM pg_locks WHERE locktype = 'advisory') AS locks`
+    const clients = [await other.connect(), await other.connect()]
+    for (const client of clients) await client.query('BEGIN')
+    const found = await Promise.all(clients.map((client) => client.query(left)))
+    for (const client of clients) client.release()
+    const nothing = { path: '"$user", public', timeout: '0', prepared: 0, staged: null, locks: 0 }
+    expect((found as unknown as [unknown, { rows: unknown[] }][]).map(([, { rows }]) => rows)).toEqual([
+      [nothing],
+      [nothing],
+    ])
+  }
+
   test('everything_works_and_leaves_nothing_on_the_connections_it_was_lent', async () => {
     const { calls, database } = await pooledCalls()
     const sids = seqs(40).map(newSid)
@@ -89,21 +107,7 @@ describe.skipIf(!command)('through_pgbouncer', () => {
       expect(out).toMatch(said)
     }
 
-    // Two other clients of the same pooler at once have both of its connections; after COMMIT, as they are without settings of ours.
-    const other = otherClient(database)
-    onTestFinished(() => other.end())
-    const left = `COMMIT; SELECT current_setting('search_path') AS path, current_setting('statement_timeout') AS timeout,
-      (SELECT count(*)::int FROM pg_prepared_statements) AS prepared, to_regclass('pg_temp.staged_turns') AS staged,
-      (SELECT count(*)::int FROM pg_locks WHERE locktype = 'advisory') AS locks`
-    const clients = [await other.connect(), await other.connect()]
-    for (const client of clients) await client.query('BEGIN')
-    const found = await Promise.all(clients.map((client) => client.query(left)))
-    for (const client of clients) client.release()
-    const nothing = { path: '"$user", public', timeout: '0', prepared: 0, staged: null, locks: 0 }
-    expect((found as unknown as [unknown, { rows: unknown[] }][]).map(([, { rows }]) => rows)).toEqual([
-      [nothing],
-      [nothing],
-    ])
+    await expectNothingLeft(database)
   })
 
   test('what_others_leave_on_its_connections_does_no_harm', async () => {
@@ -160,6 +164,7 @@ describe.skipIf(!command)('through_pgbouncer', () => {
     const done = await Promise.all([migrate(target), migrate(target)])
     expect(done.map((names) => names.length > 0).toSorted()).toEqual([false, true])
     expect(await migrate(target)).toEqual([])
+    await expectNothingLeft(database)
   })
 })
 
