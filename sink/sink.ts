@@ -6,6 +6,7 @@ import type { Logger } from '../shared/log.js'
 import { createSinkMetrics, type SinkMetrics } from '../shared/metrics.js'
 import { createPool, type Pool } from '../shared/postgres.js'
 import { askAtStart, connectRedis, openPartitions, type RedisClient, warnOfLoss } from '../shared/redis.js'
+import { requireAccess } from '../shared/redis-access.js'
 import { requireReachable, requireSchema } from '../shared/schema.js'
 import { requireArchiveDir } from './archive-file.js'
 import { Backlog } from './backlog.js'
@@ -81,6 +82,7 @@ export async function startSink(config: Config, log: Logger): Promise<Sink> {
     await requireSchema(pool, config)
     if (config.ARCHIVE_DIR !== undefined) await requireArchiveDir(config.ARCHIVE_DIR)
     const partitions = await askAtStart(config.REDIS_URL, async () => {
+      await requireAccess(redis, 'sink')
       await warnOfLoss(redis, log)
       return openPartitions(redis, config.PARTITIONS)
     })
