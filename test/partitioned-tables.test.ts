@@ -1,7 +1,9 @@
 /** The schema in shards: hash-partitioned as the README has it, with all of calltape on it; and what Citus asks of a schema. */
 import { expect, onTestFinished, test } from 'vitest'
 import { readPackageFile } from '../shared/package-root.js'
+import { createPool } from '../shared/postgres.js'
 import { migrate } from '../shared/schema.js'
+import { writeSettings } from '../sink/write.js'
 import { Calls, ended, newSid, seqs } from './support/calls.js'
 import { calltape } from './support/program.js'
 import { freshDatabase, startTestStack } from './support/stores.js'
@@ -50,6 +52,23 @@ test('all_works_on_partitioned_tables_and_what_was_there_before_is_there_afterwa
   }
   expect(await calls.metric('staged_batches_total')).toBeGreaterThan(0)
   expect(await calls.metric('retries_total')).toBe(0)
+
+  // Of each call, its own partition alone is looked into, by its key; also by the plan that is made once for all batches.
+  const pool = createPool(database.config, 'test', 1, undefined, writeSettings(10_000, 10_000))
+  const client = await pool.connect()
+  await client.query(`PREPARE fold AS ${readPackageFile('sink/fold.sql')}`)
+  const now = new Date().toISOString()
+  const explained = await client.query<{ 'QUERY PLAN': string }>(
+    `EXPLAIN (ANALYZE, COSTS OFF) EXECUTE fold('{${across}}', '{${now}}', '{${now}}')`,
+  )
+  client.release()
+  await pool.end()
+  const scans = explained.rows
+    .map((row) => row['QUERY PLAN'])
+    .filter((line) => / Scan .*\bcall_(events|transcript_turns)_\d+/.test(line))
+  expect(scans.filter((line) => line.includes('Seq Scan'))).toEqual([])
+  expect(scans.filter((line) => line.includes('never executed')).length).toBeGreaterThanOrEqual(30)
+  expect(scans.filter((line) => !line.includes('never executed')).length).toBeLessThanOrEqual(4) // a bitmap's scan has two lines
 
   await calls.query('DELETE FROM call_transcript_turns WHERE call_sid = $1', before)
   const environment = { REDIS_URL: stack.redis.url, DATABASE_URL: database.url }
