@@ -72,7 +72,7 @@ export async function eraseCalls(
   spoolDir: string | undefined = config.SPOOL_DIR,
   afterwards: (redis: RedisClient) => Promise<void> = async () => undefined,
 ): Promise<Outcome[]> {
-  const redis = await connectRedis(config.REDIS_URL, createLog('erase', 'silent'))
+  const redis = await connectRedis(config.REDIS_URL, createLog('erase', 'silent'), config)
   const pool = createPool(config, 'erase', 2)
   try {
     await requireReachable(pool, config)

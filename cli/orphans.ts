@@ -44,7 +44,7 @@ export async function orphans(options: OrphansOptions): Promise<void> {
 async function findAll(config: Config, isAdopting: boolean): Promise<{ listed: Listed[]; streams: number }> {
   let redis: RedisClient | undefined
   try {
-    redis = await connectRedis(config.REDIS_URL, createLog('orphans', 'silent'))
+    redis = await connectRedis(config.REDIS_URL, createLog('orphans', 'silent'), config)
     const partitions = await readPartitions(redis, config.PARTITIONS)
     const search = new OrphanSearch(redis, partitions)
     const leases = new Leases(redis, partitions, config.LEASE_SECONDS * 1000)

@@ -100,7 +100,7 @@ export async function show(id: string, options: StackOptions & { json?: boolean 
 export async function retry(ids: string[], options: ChoiceOptions): Promise<void> {
   const choice = readChoice(ids, options)
   const config = configOf(options)
-  const redis = await connectRedis(config.REDIS_URL, createLog('quarantine', 'silent'))
+  const redis = await connectRedis(config.REDIS_URL, createLog('quarantine', 'silent'), config)
   let [stored, stay] = [0, 0]
   const entry = ({ id, streamKey, entryId, reason }: Retried) => {
     if (reason === undefined) stored++

@@ -81,7 +81,7 @@ export async function replay(options: ReplayOptions): Promise<void> {
 
 /** @returns undefined where there need not be one, and is none */
 async function openRedis(config: Config, { fromArchive }: ReplayOptions): Promise<RedisClient | undefined> {
-  const opening = connectRedis(config.REDIS_URL, createLog('replay', 'silent'))
+  const opening = connectRedis(config.REDIS_URL, createLog('replay', 'silent'), config)
   return fromArchive === undefined ? await opening : await opening.catch(() => undefined)
 }
 

@@ -97,10 +97,10 @@ class RescueRun {
   /** @throws OperatorError when one of the two Redis cannot be used */
   static async open(config: Config, options: RescueOptions, signal: AbortSignal, view: LiveView): Promise<RescueRun> {
     const log = createLog('rescue', 'silent')
-    const redis = await connectRedis(config.REDIS_URL, log)
+    const redis = await connectRedis(config.REDIS_URL, log, config)
     let source: RedisClient | undefined
     try {
-      source = await connectSource(options.source ?? config.REDIS_URL, log)
+      source = await connectSource(options.source ?? config.REDIS_URL, log, config)
       const { partitions, appender } = options.dryRun
         ? {
             partitions: await askAtStart(config.REDIS_URL, () => readPartitions(redis, config.PARTITIONS)),
@@ -136,7 +136,7 @@ class RescueRun {
   async watch(every: number | undefined): Promise<void> {
     const { source, signal, view, config, options } = this
     const log = createLog('rescue', 'silent')
-    const found = await subscribe(source, options.source ?? config.REDIS_URL, log)
+    const found = await subscribe(source, options.source ?? config.REDIS_URL, log, config)
     const news: News | undefined = typeof found === 'string' ? undefined : found
     const seconds = every ?? (news ? SCAN_SECONDS_BESIDE_NEWS : SCAN_SECONDS)
     view.say(

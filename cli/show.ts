@@ -89,7 +89,7 @@ export async function lookInRedis(
   config: Config,
   callSid: string,
 ): Promise<{ stream: string; live: LiveState | undefined }> {
-  const redis = await connectRedis(config.REDIS_URL, createLog('show', 'silent'))
+  const redis = await connectRedis(config.REDIS_URL, createLog('show', 'silent'), config)
   try {
     const partitions = await readPartitions(redis, config.PARTITIONS)
     const stream = partitions.of(callSid).streamPrefix + callSid

@@ -54,7 +54,7 @@ export async function compareStores(
   try {
     await requireReachable(pool, config)
     await requireSchema(pool, config)
-    redis = await connectRedis(config.REDIS_URL, createLog('verify', 'silent'))
+    redis = await connectRedis(config.REDIS_URL, createLog('verify', 'silent'), config)
     const only = callSid === undefined ? undefined : await findCall(redis, config, callSid)
     const report = new Report()
     const run = new Verification(redis, pool, { only, window }, waitMs, report)

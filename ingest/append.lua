@@ -49,16 +49,24 @@ local arg = 6
 local refused = {}
 local woken = {}
 
+-- The error of a reply, if it is one of its key. What this user may not do is no call's fault: that ends the script, before the
+-- batch counts as applied. (Redis says so in other words from 7.2 on.)
+local function error_of(reply)
+  local err = type(reply) == 'table' and reply.err or nil
+  if err and (string.find(err, 'NOPERM', 1, true) or string.find(err, "user executing the script can't", 1, true)) then error(err) end
+  return err
+end
+
 -- Counts and appends a call's events. An error (a key that is something else than ours, a stream that has had the last id there
 -- is) is returned: it must not stop the other calls of the batch, nor make the whole batch be tried again for ever.
 -- Returns how many are in the stream now, and the error.
 local function append_events(stream, session, bytes, first, count)
   local total = redis.pcall('HINCRBY', session, 'bytes', bytes)
-  if type(total) == 'table' then return 0, total.err end
-  local appended, err = 0, nil
+  local appended, err = 0, error_of(total)
+  if err then return 0, err end
   for i = first, first + count - 1 do
     local id = redis.pcall('XADD', stream, '*', 'e', ARGV[i])
-    err = type(id) == 'table' and id.err or nil
+    err = error_of(id)
     if err then break end
     appended = appended + 1
   end

@@ -31,7 +31,7 @@ const LOOPBACK = new Set(['127.0.0.1', '::1', 'localhost'])
  */
 export async function startIngest(config: Config, log: Logger, group?: Group): Promise<Ingest> {
   const host = listenHost(config)
-  const redis = await connectRedis(config.REDIS_URL, log)
+  const redis = await connectRedis(config.REDIS_URL, log, config)
   try {
     const metrics = createIngestMetrics()
     metrics.queueMaxBytes.set(config.MAX_QUEUE_BYTES)

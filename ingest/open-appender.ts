@@ -4,10 +4,11 @@ import type { Partitions } from '../shared/keys.js'
 import type { Logger } from '../shared/log.js'
 import type { IngestMetrics } from '../shared/metrics.js'
 import { askAtStart, openPartitions, type RedisClient, warnOfLoss } from '../shared/redis.js'
+import { requireAccess } from '../shared/redis-access.js'
 import { Appender } from './append.js'
 import { durabilityCheck } from './durability.js'
 
-/** @throws OperatorError when Redis does not answer, has another partition count, or cannot give the DURABILITY */
+/** @throws OperatorError when Redis does not answer, refuses a command, has another partition count, or cannot give the DURABILITY */
 export async function openAppender(
   redis: RedisClient,
   config: Config,
@@ -15,6 +16,7 @@ export async function openAppender(
   log: Logger,
 ): Promise<{ partitions: Partitions; appender: Appender }> {
   return askAtStart(config.REDIS_URL, async () => {
+    await requireAccess(redis, 'ingest')
     const partitions = await openPartitions(redis, config.PARTITIONS)
     await warnOfLoss(redis, log)
     const confirm = await durabilityCheck(redis, config.DURABILITY)

@@ -6,8 +6,8 @@ import type { z } from 'zod'
 import { environmentSchema, SETTING_NAMES, SETTINGS } from './settings.js'
 
 export type Config = z.infer<typeof environmentSchema>
-/** Where PostgreSQL is, and which schema there is calltape's. */
-export type DatabaseConfig = Pick<Config, 'DATABASE_URL' | 'DATABASE_SCHEMA'>
+/** Where PostgreSQL is, which schema there is calltape's, and whether a pooler is in between. */
+export type DatabaseConfig = Pick<Config, 'DATABASE_URL' | 'DATABASE_SCHEMA'> & Partial<Pick<Config, 'DATABASE_POOLER'>>
 export type Environment = Record<string, string | undefined>
 
 /** An error that no configuration, no store and no network is to blame for. */
@@ -21,8 +21,11 @@ export function readConfig(env: Environment = process.env): Config {
   const given = givenEnvironment(env)
   const result = environmentSchema.safeParse(given)
   const lines = (result.error?.issues ?? []).map((issue) => `${issue.path.join('.')}: ${issue.message}`)
-  if (!given.TLS_CERT_FILE !== !given.TLS_KEY_FILE) {
-    lines.push('TLS_CERT_FILE and TLS_KEY_FILE: set both or neither')
+  for (const [cert, key] of [
+    ['TLS_CERT_FILE', 'TLS_KEY_FILE'],
+    ['REDIS_TLS_CERT_FILE', 'REDIS_TLS_KEY_FILE'],
+  ] as const) {
+    if (!given[cert] !== !given[key]) lines.push(`${cert} and ${key}: set both or neither`)
   }
   if (!result.success || lines.length > 0) {
     throw new OperatorError(`the configuration is wrong:\n  ${lines.join('\n  ')}`)

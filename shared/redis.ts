@@ -9,6 +9,7 @@ import { isBug, OperatorError } from './config.js'
 import { PARTITIONS_KEY, type PartitionKeys, Partitions } from './keys.js'
 import { type Logger, reasonOf } from './log.js'
 import { readPackageFile } from './package-root.js'
+import { connectFailure, type RedisTls, redisTls } from './redis-tls.js'
 
 export type RedisClient = Redis | Cluster
 
@@ -23,11 +24,18 @@ const SILENCE_MS = 5000
  * is for the caller to decide. (ioredis by itself sends everything again in its own order, after up to 20 reconnects.)
  *
  * @param url one URL, or several, comma-separated: the nodes of a Cluster
+ * @param files for rediss://, whoever's Redis it is
  * @param minVersion of the server: calltape's own scripts want 7.0
- * @throws OperatorError when the first connection fails, or the server is older
+ * @throws OperatorError when the first connection fails, the server is older, or a file cannot be used
  */
-export async function connectRedis(url: string, log: Logger, minVersion = MIN_VERSION): Promise<RedisClient> {
+export async function connectRedis(
+  url: string,
+  log: Logger,
+  files: RedisTls = {},
+  minVersion = MIN_VERSION,
+): Promise<RedisClient> {
   const urls = url.split(',').map((u) => u.trim())
+  const first = new URL(urls[0] ?? '')
   const common = {
     maxRetriesPerRequest: 0,
     autoResendUnfulfilledCommands: false,
@@ -38,9 +46,9 @@ export async function connectRedis(url: string, log: Logger, minVersion = MIN_VE
     // After a failover the old primary may live on as a replica. Connecting again leads to the new one.
     reconnectOnError: (error: Error) => error.message.startsWith('READONLY'),
     protocol: 2 as const,
+    ...(first.protocol === 'rediss:' ? { tls: redisTls(files, log) } : {}),
   }
   const retry = (times: number) => backoffMs(times, 100, 2000)
-  const first = new URL(urls[0] ?? '')
   const client =
     urls.length > 1
       ? new Cluster(urls, {
@@ -52,19 +60,17 @@ export async function connectRedis(url: string, log: Logger, minVersion = MIN_VE
             ...common,
             username: decodeURIComponent(first.username) || undefined,
             password: decodeURIComponent(first.password) || undefined,
-            ...(first.protocol === 'rediss:' ? { tls: {} } : {}),
           },
         })
       : new Redis(first.href, { ...common, retryStrategy: retry })
   // ioredis reports each failed attempt as an event; without a listener it would print them by itself.
-  let lastError = ''
+  let lastError: Error | undefined
   client.on('error', (error: Error) => {
-    const reason = reasonOf(error)
-    if (reason !== lastError) log.warn({ err: error }, 'redis connection')
-    lastError = reason
+    if (lastError === undefined || reasonOf(error) !== reasonOf(lastError)) log.warn({ err: error }, 'redis connection')
+    lastError = error
   })
   client.on('ready', () => {
-    lastError = ''
+    lastError = undefined
   })
   try {
     await client.connect()
@@ -72,10 +78,17 @@ export async function connectRedis(url: string, log: Logger, minVersion = MIN_VE
   } catch (error) {
     client.disconnect()
     if (error instanceof OperatorError) throw error
-    throw new OperatorError(`REDIS_URL: no Redis answers at ${hostsOf(url)}: ${lastError || (error as Error).message}`)
+    const failure = lastError && ofNode(lastError)
+    const refusal = failure ?? (error as Error)
+    if (refusal.name === 'ReplyError') throw cannotBeUsed(url, refusal)
+    throw new OperatorError(`REDIS_URL: no Redis answers at ${hostsOf(url)}: ${connectFailure(url, files, failure)}`)
   }
   return client
 }
+
+/** A Cluster's error says only that none of its nodes could be used; why is in it. */
+const ofNode = (error: Error & { lastNodeError?: unknown }) =>
+  error.lastNodeError instanceof Error ? error.lastNodeError : error
 
 async function checkServer(client: RedisClient, minVersion: string): Promise<void> {
   const info = await client.info('server')
@@ -126,10 +139,12 @@ export async function askAtStart<T>(url: string, ask: () => Promise<T>): Promise
     return await ask()
   } catch (error) {
     if (error instanceof OperatorError || isBug(error)) throw error
-    const reason = reasonOf(error as Error)
-    throw new OperatorError(`REDIS_URL: Redis at ${hostsOf(url)} cannot be used: ${reason}`, { cause: error })
+    throw cannotBeUsed(url, error as Error)
   }
 }
+
+const cannotBeUsed = (url: string, cause: Error) =>
+  new OperatorError(`REDIS_URL: Redis at ${hostsOf(url)} cannot be used: ${reasonOf(cause)}`, { cause })
 
 const hostsOf = (url: string) =>
   url

@@ -5,13 +5,12 @@ import { runner } from 'node-pg-migrate'
 import { type DatabaseConfig, OperatorError } from './config.js'
 import { reasonOf } from './log.js'
 import { PACKAGE_ROOT, readPackageFile } from './package-root.js'
-import { createPool, escapeIdentifier, type Pool, type PoolClient, sqlState } from './postgres.js'
+import { createPool, escapeIdentifier, KEPT, type Pool, type PoolClient, sqlState } from './postgres.js'
 
 const MIGRATIONS = join(PACKAGE_ROOT, 'migrations')
 const MIGRATIONS_TABLE = 'calltape_migrations'
 /** Not node-pg-migrate's own: another application's migrations may use that at the same time, and fail instead of waiting. */
 const LOCK = '7165902394410628403'
-const UNDEFINED_TABLE = '42P01'
 const UNDEFINED_COLUMN = '42703'
 const NO_PRIVILEGE = '42501'
 
@@ -42,13 +41,17 @@ export async function migrate(database: DatabaseConfig, say: (line: string) => v
 }
 
 async function runMigrations(client: PoolClient, database: DatabaseConfig, say: (line: string) => void) {
-  await client.query(`SELECT pg_advisory_lock(${LOCK})`)
+  // The BEGIN and COMMIT of the runner's `singleTransaction` are then this transaction's: lock, schema and migrations table are in it.
+  await client.query('BEGIN')
+  // The transaction's: through a pooler, one of the connection's would stay where nobody finds it again.
+  await client.query(`SELECT pg_advisory_xact_lock(${LOCK})`)
   const { missing, newer, strangers } = await compareSchema(client, database)
   if (strangers.length > 0) throw new OperatorError(strangersMessage(database, strangers))
   if (newer.length > 0) throw new OperatorError(newerMessage(newer))
-  if (missing.length === 0) return []
-  // The BEGIN and COMMIT of the runner's `singleTransaction` are then this transaction's: schema and migrations table are in it.
-  await client.query('BEGIN')
+  if (missing.length === 0) {
+    await client.query('ROLLBACK') // a pooler would close its connection, too, in the middle of a transaction
+    return []
+  }
   await prepareSchema(client, database.DATABASE_SCHEMA, say)
   const done = await runner({
     dbClient: client,
@@ -95,7 +98,10 @@ export async function requireReachable(pool: Pool, { DATABASE_URL }: DatabaseCon
     await pool.query('SELECT 1')
   } catch (error) {
     const { host, pathname } = new URL(DATABASE_URL)
-    throw new OperatorError(`DATABASE_URL: no PostgreSQL answers at ${host}${pathname}: ${reasonOf(error as Error)}`)
+    const reason = reasonOf(error as Error)
+    // PgBouncer's words; PostgreSQL itself takes ours.
+    const advice = /unsupported startup parameter/.test(reason) ? `, a pooler: ${POOLER_ADVICE}` : ''
+    throw new OperatorError(`DATABASE_URL: no PostgreSQL answers at ${host}${pathname}: ${reason}${advice}`)
   }
 }
 
@@ -138,17 +144,27 @@ async function compareSchema(client: Queryable, database: DatabaseConfig): Promi
   }
 }
 
+const POOLER_ADVICE = 'set DATABASE_POOLER=transaction'
+
 /** @throws OperatorError when unqualified names would be another schema's: some poolers ignore what a connection asks for */
-async function requireSearchPath(client: Queryable, { DATABASE_SCHEMA }: DatabaseConfig): Promise<void> {
-  const { rows } = await client.query<{ path: string; usable: boolean | null }>(
-    `SELECT current_setting('search_path') AS path,
+async function requireSearchPath(
+  client: Queryable,
+  { DATABASE_SCHEMA, DATABASE_POOLER }: DatabaseConfig,
+): Promise<void> {
+  const { rows } = await client.query<{ path: string; kept: string | null; usable: boolean | null }>(
+    `SELECT current_setting('search_path') AS path, current_setting('${KEPT}', true) AS kept,
        (SELECT has_schema_privilege(oid, 'USAGE') FROM pg_namespace WHERE nspname = $1) AS usable`,
     [DATABASE_SCHEMA],
   )
-  const { path, usable } = rows[0]!
+  const { path, kept, usable } = rows[0]!
   if (path !== DATABASE_SCHEMA) {
     throw new OperatorError(
-      `DATABASE_SCHEMA: connections ask for the search_path ${DATABASE_SCHEMA} and get ${path}: a pooler in DATABASE_URL must pass on the startup parameter options`,
+      `DATABASE_SCHEMA: connections ask for the search_path ${DATABASE_SCHEMA} and get ${path}: a pooler in DATABASE_URL drops what they ask for, ${POOLER_ADVICE}`,
+    )
+  }
+  if (DATABASE_POOLER !== 'transaction' && kept !== 'true') {
+    throw new OperatorError(
+      `DATABASE_URL: connections do not get the settings they ask for: a pooler drops them, ${POOLER_ADVICE}`,
     )
   }
   if (usable === false) {
@@ -196,11 +212,15 @@ async function findObjects(client: Queryable, schema: string, names: string[]) {
 
 /** @returns undefined when the table of that name is not calltape's */
 async function appliedMigrations(client: Queryable): Promise<string[] | undefined> {
+  // Not by the error that it is not there: within a transaction, nothing would be answered after one.
+  const { rows: found } = await client.query<{ there: boolean }>(
+    `SELECT to_regclass('${MIGRATIONS_TABLE}') IS NOT NULL AS there`,
+  )
+  if (!found[0]!.there) return []
   try {
     const { rows } = await client.query<{ name: string }>(`SELECT name FROM ${MIGRATIONS_TABLE} ORDER BY run_on, name`)
     return rows.map((row) => row.name)
   } catch (error) {
-    if (sqlState(error) === UNDEFINED_TABLE) return []
     if (sqlState(error) === UNDEFINED_COLUMN) return undefined
     if (sqlState(error) !== NO_PRIVILEGE) throw error
     throw new OperatorError(`DATABASE_URL: its user may not read calltape's tables: ${reasonOf(error as Error)}`)

@@ -42,6 +42,18 @@ const stores = {
     secret: 'in URL',
     means: 'the Redis (or Valkey) that keeps the streams',
   },
+  REDIS_TLS_CA_FILE: {
+    type: value.path.optional(),
+    readBy: EVERYBODY,
+    unset: 'those that Node knows',
+    means: "PEM file: for `rediss://`, the CA of the server's certificate",
+  },
+  REDIS_TLS_CERT_FILE: {
+    type: value.path.optional(),
+    readBy: EVERYBODY,
+    means: 'PEM file: the certificate to show to a server that wants one',
+  },
+  REDIS_TLS_KEY_FILE: { type: value.path.optional(), readBy: EVERYBODY, means: 'its key, a PEM file' },
   DATABASE_URL: {
     type: value.databaseUrl.default('postgres://127.0.0.1:5432/calltape'),
     readBy: SINK_AND_COMMANDS,
@@ -52,6 +64,11 @@ const stores = {
     type: value.databaseSchema.default('public'),
     readBy: SINK_AND_COMMANDS,
     means: "the PostgreSQL schema that calltape's tables are in; `migrate` makes it",
+  },
+  DATABASE_POOLER: {
+    type: value.word('none', 'transaction').default('none'),
+    readBy: SINK_AND_COMMANDS,
+    means: 'whether DATABASE_URL is a pooler such as PgBouncer, which lends a connection for each `transaction`',
   },
   LEGACY_CALL_SESSIONS: {
     type: value.tableName.optional(),

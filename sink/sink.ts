@@ -7,6 +7,7 @@ import type { Logger } from '../shared/log.js'
 import { createSinkMetrics, type SinkMetrics } from '../shared/metrics.js'
 import { createPool, type Pool } from '../shared/postgres.js'
 import { askAtStart, connectRedis, openPartitions, type RedisClient, warnOfLoss } from '../shared/redis.js'
+import { requireAccess } from '../shared/redis-access.js'
 import { requireReachable, requireSchema } from '../shared/schema.js'
 import { requireArchiveDir } from './archive-file.js'
 import { Backlog } from './backlog.js'
@@ -72,7 +73,7 @@ export async function startSink(config: Config, log: Logger, group?: Group): Pro
   )
   const clients: RedisClient[] = []
   const connect = async () => {
-    const client = await connectRedis(config.REDIS_URL, log)
+    const client = await connectRedis(config.REDIS_URL, log, config)
     clients.push(client)
     return client
   }
@@ -87,6 +88,7 @@ export async function startSink(config: Config, log: Logger, group?: Group): Pro
     await requireSchema(pool, config)
     if (config.ARCHIVE_DIR !== undefined) await requireArchiveDir(config.ARCHIVE_DIR)
     const partitions = await askAtStart(config.REDIS_URL, async () => {
+      await requireAccess(redis, 'sink')
       await warnOfLoss(redis, log)
       return openPartitions(redis, config.PARTITIONS)
     })

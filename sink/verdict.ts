@@ -41,6 +41,8 @@ const VERDICTS: Record<string, Verdict> = {
 
 /** What an operator is told beside PostgreSQL's own words. */
 const HINTS: Record<string, string> = {
+  '26000': 'a pooler lends a connection for each transaction: set DATABASE_POOLER=transaction',
+  '42P05': 'a pooler lends a connection for each transaction: set DATABASE_POOLER=transaction',
   '25006': 'the server is read-only: a standby, or a demoted primary',
   '28': 'the user or password in DATABASE_URL is refused',
   '3D': 'the database in DATABASE_URL does not exist',

@@ -107,7 +107,7 @@ export class Worker {
     if (taken.length > 0) metrics.leaseSeconds.observe((performance.now() - started) / 1000)
     wake.add(more)
     metrics.stolen.inc(taken.filter(({ partition }) => !wake.owns(partition.partition)).length)
-    progress.succeeded('Redis')
+    if (taken.length === 0) progress.succeeded('Redis') // else it has yet to give what was leased, and to settle it
     metrics.lostStreams.inc(gone.length)
     for (const callSid of gone) {
       log.error({ callSid }, 'LOST: the stream is gone, and with it entries that were not committed')
@@ -140,9 +140,10 @@ export class Worker {
   }
 
   private async settle(hold: Hold, settlements: Settlement[]): Promise<void> {
-    const { wake, metrics, log } = this.context
+    const { wake, metrics, log, progress } = this.context
     const started = performance.now()
     const { lapsed, again, lost } = await hold.settle(settlements)
+    progress.succeeded('Redis')
     metrics.settleSeconds.observe((performance.now() - started) / 1000)
     wake.news(again)
     if (lapsed > 0) log.warn({ lapsed }, 'leases lapsed while their entries were being committed')

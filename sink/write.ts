@@ -8,7 +8,7 @@ import { Readable } from 'node:stream'
 import { pipeline } from 'node:stream/promises'
 import { from as copyFrom } from 'pg-copy-streams'
 import { crashPoint } from '../shared/crash.js'
-import { type Pool, type PoolClient, sqlState } from '../shared/postgres.js'
+import { isPooled, type Pool, type PoolClient, sqlState } from '../shared/postgres.js'
 import { type EncodedTurns, TURN_COLUMNS } from './copy.js'
 import { type Batch, type EventRow, entryMs, iso, type QuarantineRow, storable } from './decode.js'
 import { type Finalized, finalizeCalls } from './finalize.js'
@@ -68,6 +68,13 @@ const REMOVE_LATER_EVENTS = {
     USING unnest($1::text[], $2::text[], $3::text[], $4::timestamptz[]) AS g(call_sid, event_id, stream_id, ingested_at)
     WHERE e.call_sid = g.call_sid AND e.event_id = g.event_id AND ${laterThan('e', 'g')}`,
 }
+/** Kept for the connection's life: making and dropping it every time takes 1 ms and leaves 50 dead rows in the catalog. */
+const STAGING_FOR_CONNECTION =
+  'CREATE TEMP TABLE IF NOT EXISTS staged_turns (LIKE call_transcript_turns INCLUDING DEFAULTS) ON COMMIT DELETE ROWS'
+/** Where somebody has left one on the pooler's connection, it may be of another schema, or of an older table. */
+const STAGING_FOR_TRANSACTION = `
+  DROP TABLE IF EXISTS pg_temp.staged_turns;
+  CREATE TEMP TABLE staged_turns (LIKE call_transcript_turns INCLUDING DEFAULTS) ON COMMIT DROP`
 const INSERT_QUARANTINE = {
   name: 'quarantine',
   text: `
@@ -138,7 +145,7 @@ async function copyOrStage(client: PoolClient, batch: Batch<EncodedTurns>, legac
   try {
     const isOneStatement = batch.events.length + batch.quarantine.length + batch.calls.length === 0 && !batch.confirm
     // One COPY is a transaction by itself: BEGIN and COMMIT would be two round trips more for most batches of live calls.
-    if (isOneStatement) return await writeAll(client, batch, copyTurns)
+    if (isOneStatement && !isPooled(client)) return await writeAll(client, batch, copyTurns)
     return await write(copyTurns)
   } catch (error) {
     if (sqlState(error) !== UNIQUE_VIOLATION) throw error
@@ -201,10 +208,7 @@ async function copyTurns(client: PoolClient, rows: EncodedTurns) {
 }
 
 async function stageTurns(client: PoolClient, rows: EncodedTurns, belated?: true) {
-  // Kept for the connection's life: making and dropping it every time takes 1 ms and leaves 50 dead rows in the catalog.
-  await client.query(
-    'CREATE TEMP TABLE IF NOT EXISTS staged_turns (LIKE call_transcript_turns INCLUDING DEFAULTS) ON COMMIT DELETE ROWS',
-  )
+  await client.query(isPooled(client) ? STAGING_FOR_TRANSACTION : STAGING_FOR_CONNECTION)
   await copy(client, 'staged_turns', rows)
   if (belated) await client.query(REMOVE_LATER_TURNS)
   const { rowCount } = await client.query(

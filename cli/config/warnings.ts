@@ -19,6 +19,10 @@ export function warningsOf(config: Config, given: Environment, isUp: boolean): s
       'REDIS_URL has a user and no password, so nobody logs in: a password alone is written redis://:password@host',
     ],
     [
+      (config.REDIS_TLS_CA_FILE ?? config.REDIS_TLS_CERT_FILE) !== undefined && !config.REDIS_URL.startsWith('rediss:'),
+      'REDIS_URL is redis://, without TLS, although REDIS_TLS_… is set: it is to begin with rediss://',
+    ],
+    [
       hasProvider && SPOOL_DIR === undefined && !isUp,
       'SPOOL_DIR is not set: what providers send while Redis is away is refused or lost, and not all of them send again',
     ],

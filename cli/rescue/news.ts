@@ -2,6 +2,7 @@
 import { Cluster, type Redis } from 'ioredis'
 import { OperatorError } from '../../shared/config.js'
 import { type Logger, reasonOf } from '../../shared/log.js'
+import type { RedisTls } from '../../shared/redis-tls.js'
 import { connectSource, type Source, type SourceKey } from './source.js'
 
 /** Notifications of string commands, of DEL and RENAME, of expired keys: what a session meets. (`A` has them all.) */
@@ -29,14 +30,14 @@ export interface News {
  * @returns why not, for people, with what to do about it
  * @throws OperatorError when it cannot be asked at all
  */
-export async function subscribe(source: Source, url: string, log: Logger): Promise<News | string> {
+export async function subscribe(source: Source, url: string, log: Logger, files: RedisTls): Promise<News | string> {
   const { client, pattern } = source
   // Each node tells only of its own keys, and which nodes there are may change.
   if (client instanceof Cluster) return 'on a Cluster they are not used'
   const missing = await missingFlags(client)
   if (missing !== undefined) return missing
   // A connection of its own: one that is subscribed takes no other commands.
-  const subscriber = (await connectSource(url, log)) as Redis
+  const subscriber = (await connectSource(url, log, files)) as Redis
   const keys = new Map<string, boolean>()
   let hasGap = false
   const prefix = `__keyspace@${client.options.db ?? 0}__:`

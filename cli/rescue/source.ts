@@ -4,6 +4,7 @@ import type { Redis } from 'ioredis'
 import { OperatorError } from '../../shared/config.js'
 import type { Logger } from '../../shared/log.js'
 import { connectRedis, mastersOf, type RedisClient } from '../../shared/redis.js'
+import type { RedisTls } from '../../shared/redis-tls.js'
 
 /** How many keys SCAN looks at in one go. */
 const SCAN_COUNT = 500
@@ -24,14 +25,14 @@ export interface SourceKey {
 /** What a key holds: text; nothing any more; or why that cannot be read. */
 export type Found = { text: string } | { gone: true } | { reason: string }
 
-/** @throws OperatorError when no Redis answers there, or it is too old */
-export async function connectSource(url: string, log: Logger): Promise<RedisClient> {
+/** @param files for rediss:// @throws OperatorError when no Redis answers there, or it is too old */
+export async function connectSource(url: string, log: Logger, files: RedisTls): Promise<RedisClient> {
   const isUrl = (u: string) => /^rediss?:\/\/\S+$/.test(u) && URL.canParse(u)
   if (!url.split(',').every((u) => isUrl(u.trim()))) {
     throw new OperatorError('--source wants redis://[user:password@]host:port[/db] or rediss://…; several: a Cluster')
   }
   try {
-    return await connectRedis(url, log, MIN_VERSION)
+    return await connectRedis(url, log, files, MIN_VERSION)
   } catch (error) {
     if (!(error instanceof OperatorError)) throw error
     throw new OperatorError(error.message.replace('REDIS_URL', '--source'), { cause: error })
