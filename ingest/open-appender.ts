@@ -17,7 +17,7 @@ export async function openAppender(
   return askAtStart(config.REDIS_URL, async () => {
     const partitions = await openPartitions(redis, config.PARTITIONS)
     await warnOfLoss(redis, log)
-    const confirm = await durabilityCheck(redis, config.DURABILITY)
+    const confirm = await durabilityCheck(redis, config.DURABILITY, log)
     const options = {
       idleTimeoutMs: config.IDLE_TIMEOUT * 1000,
       disconnectGraceMs: config.DISCONNECT_GRACE * 1000,

@@ -11,6 +11,7 @@ import type { Deliveries } from './deliver.js'
 import type { RequestHead } from './exchange.js'
 import { type Answer, badQuery, notServing, postEvents, problem } from './http.js'
 import { ProviderRoutes } from './provider-routes.js'
+import { othersGoOn } from './readiness.js'
 import type { Connection, Routes } from './server.js'
 import { OVERLOADED, type Socket, StreamConnection } from './stream.js'
 
@@ -108,12 +109,17 @@ export class IngestRoutes implements Routes {
     return { status: '200 OK', headers: { 'Content-Type': registry.contentType }, body: await registry.metrics() }
   }
 
-  ready(): Answer {
+  async ready(): Promise<Answer> {
     const { redis, appender } = this.parts
     if (this.phase !== 'serving') return notServing(this.phase)
     if (redis.status !== 'ready') return problem('503 Service Unavailable', 'redis', `Redis: ${redis.status}`)
-    if (appender.waitingMs > UNREADY_AFTER_MS) {
+    const waiting = appender.lanesWaiting(UNREADY_AFTER_MS)
+    if (waiting.length > 0) {
       const why = appender.failure ?? 'it does not answer'
+      if (await othersGoOn(redis, waiting)) {
+        const numbers = waiting.flatMap(({ partitions }) => partitions.map(({ partition }) => partition))
+        return { status: '200 OK', body: { status: 'ready', waiting: { partitions: numbers, reason: why } } }
+      }
       return problem('503 Service Unavailable', 'no_progress', `Redis stores nothing: ${why}`)
     }
     return { status: '200 OK', body: { status: 'ready' } }

@@ -32,7 +32,7 @@ export interface Routes {
   listCalls(query: URLSearchParams): Promise<Answer>
   getCall(callSid: string): Promise<Answer>
   metrics(): Promise<Answer>
-  ready(): Answer
+  ready(): Promise<Answer>
 }
 
 export interface ServerOptions {

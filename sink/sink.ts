@@ -14,6 +14,7 @@ import { serveHealth } from './health.js'
 import { closeFinal } from './late.js'
 import { Leases } from './lease.js'
 import { Legacy } from './legacy.js'
+import { type Listening, listen } from './listen.js'
 import { Progress } from './progress.js'
 import { Retention, retentionSettings } from './retention.js'
 import { endStrays } from './strays.js'
@@ -76,7 +77,6 @@ export async function startSink(config: Config, log: Logger): Promise<Sink> {
   }
   try {
     const redis = await connect()
-    const subscriber = await connect()
     await requireReachable(pool, config)
     await requireSchema(pool, config)
     if (config.ARCHIVE_DIR !== undefined) await requireArchiveDir(config.ARCHIVE_DIR)
@@ -87,7 +87,7 @@ export async function startSink(config: Config, log: Logger): Promise<Sink> {
     const leases = new Leases(redis, partitions, leaseMs)
     const backlog = new Backlog(redis, partitions)
     const wake = new Wake(config.PARTITIONS)
-    await askAtStart(config.REDIS_URL, () => listen(subscriber, leases.wakeChannels, wake))
+    const listening = await askAtStart(config.REDIS_URL, () => listen(redis, partitions, wake, connect, log))
 
     const metrics = createSinkMetrics()
     const legacy = await openLegacy(config, pool, metrics, log)
@@ -110,7 +110,7 @@ export async function startSink(config: Config, log: Logger): Promise<Sink> {
     }
     const workers = Array.from({ length: config.SINK_WORKERS }, () => new Worker(context))
     const running = workers.map((worker) => worker.run())
-    tend(context, partitions, config, stopped.signal)
+    tend(context, listening, partitions, config, stopped.signal)
     cleanUp(context, partitions, config, stopped.signal)
     const { port } = server.address() as { port: number }
     const url = `http://${config.SINK_METRICS_HOST}:${port}`
@@ -129,6 +129,7 @@ export async function startSink(config: Config, log: Logger): Promise<Sink> {
           log.error('a batch in hand does not come to its end; it is given back, so another sink takes it over')
           await atMost(DISCONNECT_TIMEOUT_MS, Promise.all(workers.map((worker) => worker.giveUp())))
         }
+        listening.stop()
         await atMost(DISCONNECT_TIMEOUT_MS, disconnect())
         log.info('sink stopped')
       },
@@ -139,19 +140,14 @@ export async function startSink(config: Config, log: Logger): Promise<Sink> {
   }
 }
 
-/** Who has news, from ingest. */
-async function listen(subscriber: RedisClient, channels: string[], wake: Wake): Promise<void> {
-  subscriber.on('smessage', (_channel: string, message: string) => wake.add(message.split(',').map(Number)))
-  const subscribe = () => Promise.all(channels.map((channel) => subscriber.ssubscribe(channel)))
-  await subscribe()
-  subscriber.on('ready', () => {
-    subscribe().catch(() => undefined) // cut off once more: the next `ready` comes
-    wake.all() // what was published while it was away is lost
-  })
-}
-
 /** What is to be done besides batches, now and then. */
-function tend(context: WorkerContext, partitions: Partitions, config: Config, signal: AbortSignal): void {
+function tend(
+  context: WorkerContext,
+  listening: Listening,
+  partitions: Partitions,
+  config: Config,
+  signal: AbortSignal,
+): void {
   const { redis, pool, legacy, gate, metrics, log } = context
   const again = (what: string, everyMs: number, work: () => Promise<unknown>) =>
     repeat(what, everyMs, log, signal, work)
@@ -164,6 +160,7 @@ function tend(context: WorkerContext, partitions: Partitions, config: Config, si
       if (due < REAP_PAGE) break
     }
   })
+  again('listening', TEND_MS, async () => listening.tend())
   // A Redis that was flushed does not know the count any more.
   again('claiming the partitions', TEND_MS, () => openPartitions(redis, config.PARTITIONS))
   again('looking for strays', STRAYS_MS, () => endStrays(context, config.IDLE_TIMEOUT * 1000, signal))
