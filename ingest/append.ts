@@ -17,6 +17,7 @@ import type { Logger } from '../shared/log.js'
 import type { IngestMetrics } from '../shared/metrics.js'
 import { isNoScript, type Lane, lanesOf, type RedisClient, Script } from '../shared/redis.js'
 import { Batch } from './batch.js'
+import type { Confirm } from './durability.js'
 import { FairQueue } from './fair-queue.js'
 import { ScriptCall } from './script-call.js'
 import { sessionNote } from './session.js'
@@ -44,8 +45,8 @@ export interface AppenderOptions {
   idleTimeoutMs: number
   disconnectGraceMs: number
   maxQueueBytes: number
-  /** Runs right behind each append on the same connection, and must succeed before its events count as stored. */
-  confirm?: (client: RedisClient) => Promise<void>
+  /** Runs behind each append on the same connection, and must succeed before its events count as stored. */
+  confirm?: Confirm
 }
 
 /** The events of one lane, in numbered batches. */
@@ -65,8 +66,7 @@ class LaneQueue {
   private readonly producerKey: string
 
   constructor(
-    private readonly lane: Lane,
-    private readonly client: RedisClient,
+    readonly lane: Lane,
     private readonly appender: Appender,
     private readonly partitions: Partitions,
     producer: string,
@@ -114,7 +114,8 @@ class LaneQueue {
     crashPoint('before-append')
     let reply: unknown
     try {
-      ;[reply] = await Promise.all([call.run(this.client, appendScript), confirm?.(this.client)])
+      const connection = this.lane.connection()
+      ;[reply] = await Promise.all([call.run(connection, appendScript), confirm?.(connection)])
     } catch (error) {
       this.inFlight--
       batch.isSent = false
@@ -148,7 +149,7 @@ class LaneQueue {
       while (this.inFlight > 0) await sleep(1)
       if (this.appender.isAbandoned) return
       try {
-        await appendScript.load(this.client)
+        await appendScript.load(await this.lane.find())
         break
       } catch (loadError) {
         lastError = loadError as Error
@@ -180,7 +181,7 @@ export class Appender {
     private readonly log: Logger,
   ) {
     const producer = randomUUID()
-    this.lanes = lanesOf(client, partitions).map((lane) => new LaneQueue(lane, client, this, partitions, producer))
+    this.lanes = lanesOf(client, partitions).map((lane) => new LaneQueue(lane, this, partitions, producer))
   }
 
   /** True when no more should be taken in until Redis has caught up. */
@@ -197,6 +198,14 @@ export class Appender {
   get waitingMs(): number {
     const now = Date.now()
     return Math.max(...this.lanes.map((lane) => now - (lane.waitingSince ?? now)))
+  }
+
+  /** Whose oldest event has been waiting for longer. */
+  lanesWaiting(ms: number): Lane[] {
+    const before = Date.now() - ms
+    return this.lanes
+      .filter(({ waitingSince }) => waitingSince !== undefined && waitingSince < before)
+      .map((l) => l.lane)
   }
 
   /**

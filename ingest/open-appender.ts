@@ -19,7 +19,7 @@ export async function openAppender(
     await requireAccess(redis, 'ingest')
     const partitions = await openPartitions(redis, config.PARTITIONS)
     await warnOfLoss(redis, log)
-    const confirm = await durabilityCheck(redis, config.DURABILITY)
+    const confirm = await durabilityCheck(redis, config.DURABILITY, log)
     const options = {
       idleTimeoutMs: config.IDLE_TIMEOUT * 1000,
       disconnectGraceMs: config.DISCONNECT_GRACE * 1000,

@@ -12,6 +12,7 @@ import type { Deliveries } from './deliver.js'
 import type { RequestHead } from './exchange.js'
 import { type Answer, badQuery, notServing, postEvents, problem } from './http.js'
 import { ProviderRoutes } from './provider-routes.js'
+import { othersGoOn } from './readiness.js'
 import type { Connection, Routes } from './server.js'
 import { OVERLOADED, type Socket, StreamConnection } from './stream.js'
 
@@ -130,23 +131,27 @@ export class IngestRoutes implements Routes {
   async ready(): Promise<Answer> {
     if (this.phase !== 'serving') return notServing(this.phase)
     try {
-      if (this.parts.group) await this.parts.group.ready()
-      else this.requireReady()
-      return { status: '200 OK', body: { status: 'ready' } }
+      const waiting = this.parts.group ? await this.parts.group.ready() : await this.requireReady()
+      return { status: '200 OK', body: { status: 'ready', ...(waiting && { waiting }) } }
     } catch (error) {
       const code = error instanceof Unready ? error.code : 'not_ready'
       return problem('503 Service Unavailable', code, (error as Error).message)
     }
   }
 
-  /** @throws why this process cannot do its job */
-  requireReady(): void {
+  /**
+   * @returns of a Cluster, what a server that takes nothing keeps waiting while the others go on; undefined when nothing waits
+   * @throws why this process cannot do its job
+   */
+  async requireReady(): Promise<{ partitions: number[]; reason: string } | undefined> {
     const { redis, appender } = this.parts
     if (this.phase !== 'serving') throw new Unready(this.phase, `the process is ${this.phase}`)
     if (redis.status !== 'ready') throw new Unready('redis', `Redis: ${redis.status}`)
-    if (appender.waitingMs > UNREADY_AFTER_MS) {
-      throw new Unready('no_progress', `Redis stores nothing: ${appender.failure ?? 'it does not answer'}`)
-    }
+    const waiting = appender.lanesWaiting(UNREADY_AFTER_MS)
+    if (waiting.length === 0) return undefined
+    const reason = appender.failure ?? 'it does not answer'
+    if (!(await othersGoOn(redis, waiting))) throw new Unready('no_progress', `Redis stores nothing: ${reason}`)
+    return { partitions: waiting.flatMap(({ partitions }) => partitions.map(({ partition }) => partition)), reason }
   }
 }
 

@@ -5,8 +5,8 @@
  * ioredis joins a command's arguments to one string, which is copied three times more on its way, and as 16-bit units if one
  * character of one event is beyond Latin-1. For an append with its hundreds of events that took 1 µs an event longer.
  */
-import { Command } from 'ioredis'
-import type { RedisClient, Script } from '../shared/redis.js'
+import { Command, type Redis } from 'ioredis'
+import type { Script } from '../shared/redis.js'
 
 const FIRST_BYTES = 64 * 1024
 /** What a buffer may have grown to and still be kept for the next call. */
@@ -19,14 +19,10 @@ const LENGTH_BYTES = 21
 const LOOP_MAX_CHARS = 40
 const [DOLLAR, ZERO, CR, LF] = [0x24, 0x30, 0x0d, 0x0a]
 
-/** Knows its own bytes, and of its arguments only what ioredis wants to see: the first key, whose slot is that of all. */
+/** Its bytes are all that there is of it: of a Cluster, it has to be sent to the right server. */
 class EncodedCommand extends Command {
-  constructor(
-    private readonly encoded: Buffer,
-    sha: string,
-    firstKey: string,
-  ) {
-    super('evalsha', [sha, '1', firstKey], { replyEncoding: 'utf8' })
+  constructor(private readonly encoded: Buffer) {
+    super('evalsha', [], { replyEncoding: 'utf8' })
   }
 
   override toWritable(): Buffer {
@@ -39,11 +35,10 @@ export class ScriptCall {
   private end = HEAD_BYTES
   private keys = 0
   private args = 0
-  private firstKey = ''
 
   /** All keys come before the first argument. */
   key(key: string): void {
-    if (this.keys++ === 0) this.firstKey = key
+    this.keys++
     this.bulk(key)
   }
 
@@ -53,13 +48,12 @@ export class ScriptCall {
   }
 
   /** @throws NOSCRIPT and all else that `Script.runLoaded` throws */
-  run(client: RedisClient, { sha }: Script): Promise<unknown> {
+  run(connection: Redis, { sha }: Script): Promise<unknown> {
     const keys = String(this.keys)
     const head = `*${3 + this.keys + this.args}\r\n$7\r\nEVALSHA\r\n$${sha.length}\r\n${sha}\r\n$${keys.length}\r\n${keys}\r\n`
     const start = HEAD_BYTES - head.length
     this.buffer.write(head, start, 'latin1')
-    const command = new EncodedCommand(this.buffer.subarray(start, this.end), sha, this.firstKey)
-    return client.sendCommand(command) as Promise<unknown>
+    return connection.sendCommand(new EncodedCommand(this.buffer.subarray(start, this.end))) as Promise<unknown>
   }
 
   /** For the next one. Not before the reply is there: until then the socket may still read the bytes. */

@@ -5,6 +5,7 @@
 import { createHash } from 'node:crypto'
 import { Cluster, Redis } from 'ioredis'
 import { backoffMs } from './backoff.js'
+import { addressOf, ClusterLane, FAILS_AT_ONCE, untilReady } from './cluster.js'
 import { isBug, OperatorError } from './config.js'
 import { PARTITIONS_KEY, type PartitionKeys, Partitions } from './keys.js'
 import { type Logger, reasonOf } from './log.js'
@@ -43,6 +44,7 @@ export async function connectRedis(
     lazyConnect: true,
     autoResubscribe: false, // it throws where nobody can catch it when the connection is cut once more meanwhile
     socketTimeout: SILENCE_MS,
+    connectTimeout: SILENCE_MS,
     // After a failover the old primary may live on as a replica. Connecting again leads to the new one.
     reconnectOnError: (error: Error) => error.message.startsWith('READONLY'),
     protocol: 2 as const,
@@ -55,7 +57,7 @@ export async function connectRedis(
           lazyConnect: true,
           enableOfflineQueue: false,
           clusterRetryStrategy: retry,
-          shardedSubscribers: true, // else what ssubscribe brings is dropped
+          ...FAILS_AT_ONCE,
           redisOptions: {
             ...common,
             username: decodeURIComponent(first.username) || undefined,
@@ -73,7 +75,8 @@ export async function connectRedis(
     lastError = undefined
   })
   try {
-    await client.connect()
+    if (client instanceof Cluster) await untilReady(client)
+    else await client.connect()
     await checkServer(client, minVersion)
   } catch (error) {
     client.disconnect()
@@ -91,7 +94,11 @@ const ofNode = (error: Error & { lastNodeError?: unknown }) =>
   error.lastNodeError instanceof Error ? error.lastNodeError : error
 
 async function checkServer(client: RedisClient, minVersion: string): Promise<void> {
-  const info = await client.info('server')
+  // Of a Cluster whichever answers: one that is down must not keep a process from serving the others' calls. All are waited
+  // for, because a command for one whose connection is not there yet fails at once.
+  const answers = await Promise.allSettled(mastersOf(client).map((node) => node.info('server')))
+  const [info] = someOf(answers)
+  if (info === undefined) throw new Error('there is no master')
   if (client instanceof Redis && info.includes('redis_mode:cluster')) {
     throw new OperatorError('REDIS_URL names one node of a Cluster: name several of its nodes, comma-separated')
   }
@@ -109,8 +116,16 @@ function placeOf(version: string): number {
 /** Says what could make this Redis lose events: that it may evict keys, or keeps nothing on disk. */
 export async function warnOfLoss(client: RedisClient, log: Logger): Promise<void> {
   for (const node of mastersOf(client)) {
-    const info = `${await node.info('memory')}${await node.info('persistence')}`
-    const where = `${node.options.host}:${node.options.port}`
+    const where = addressOf(node)
+    const asked = Promise.all([node.info('memory'), node.info('persistence')])
+    const info = await asked.then(
+      (parts) => parts.join(''),
+      (error: Error) => {
+        if (client instanceof Redis) throw error
+        log.warn({ redis: where, err: error }, 'this server of the Cluster does not answer: its calls wait')
+      },
+    )
+    if (info === undefined) continue
     const policy = /maxmemory_policy:(\S+)/.exec(info)?.[1]
     if (policy !== undefined && policy !== 'noeviction') {
       log.warn(
@@ -187,16 +202,45 @@ export async function readPartitions(client: RedisClient, fallback: number): Pro
 /** Partitions that one script call can touch together: all of them on a single Redis, one each in a Cluster (a slot each). */
 export interface Lane {
   readonly partitions: readonly PartitionKeys[]
-  /** Sinks sleep on this channel. */
+  /** Sinks sleep on this channel. It is the name of no key: see `Script`. */
   readonly wake: string
+  /** There is no other: a single Redis. */
+  readonly isAlone: boolean
+  /**
+   * The connection to the server that has them, as far as is known. What is sent there is not redirected and not sent again:
+   * it keeps its order, and what is sent behind it (WAIT) goes the same way. It fails when they have moved; then `find`.
+   *
+   * @throws when no server is known to have them
+   */
+  connection(): Redis
+  /** The same; undefined when no server is known to have them. */
+  knownServer(): Redis | undefined
+  /** Asks who has them now. @throws (rejects) Redis' errors */
+  find(): Promise<Redis>
 }
 
 export function lanesOf(client: RedisClient, partitions: Partitions): Lane[] {
-  const groups = client instanceof Cluster ? partitions.all.map((p) => [p]) : [partitions.all]
-  return groups.map((group) => ({ partitions: group, wake: group[0]!.wake }))
+  if (client instanceof Cluster) return partitions.all.map((partition) => new ClusterLane(client, partition))
+  const { wake } = partitions.all[0]!
+  return [
+    {
+      partitions: partitions.all,
+      wake,
+      isAlone: true,
+      connection: () => client,
+      knownServer: () => client,
+      find: async () => client,
+    },
+  ]
 }
 
-/** A Lua script of ours, run by its hash. */
+/**
+ * A Lua script of ours, run by its hash.
+ *
+ * While a slot moves to another server of a Cluster, a partition's keys are in two places. Redis lets a script run there only if
+ * it finds all of the keys that it is given; what others it comes upon would seem to be missing. So a script to which that matters
+ * is given the wake channel as well, which never is a key: then it is refused (TRYAGAIN) until the slot has moved.
+ */
 export class Script {
   private readonly source: string
   readonly sha: string
@@ -226,9 +270,21 @@ export class Script {
     return client.evalsha(this.sha, keys.length, ...keys, ...args)
   }
 
-  async load(client: RedisClient): Promise<void> {
-    await Promise.all(mastersOf(client).map((node) => node.script('LOAD', this.source)))
+  async load(server: Redis): Promise<void> {
+    await server.script('LOAD', this.source)
   }
+}
+
+/** A connection of one's own to that server, to subscribe on. It does not come back by itself; `connect` begins it. */
+export const subscriberTo = (server: Redis): Redis =>
+  server.duplicate({ lazyConnect: true, enableReadyCheck: false, retryStrategy: () => null })
+
+/** What was answered, by those servers of a Cluster that did. @throws the first reason when none did */
+export function someOf<T>(results: PromiseSettledResult<T>[]): T[] {
+  const values = results.flatMap((result) => (result.status === 'fulfilled' ? [result.value] : []))
+  const [failed] = results.filter((result) => result.status === 'rejected')
+  if (failed && values.length === 0) throw failed.reason
+  return values
 }
 
 /** The nodes that have the keys: of a single server, that one. */

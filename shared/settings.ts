@@ -126,7 +126,7 @@ const ingest = {
   DURABILITY: {
     type: value.durability.default('redis'),
     readBy: INGEST_AND_COMMANDS,
-    means: 'what an ack is worth (on a Cluster: `redis`)',
+    means: 'what an ack is worth',
   },
   WINDOW: {
     type: value.number(1, 1_000_000).default(1024),

@@ -3,6 +3,7 @@
 -- A claim moves a call on in `ended`, so that it comes up again when the claim lapses; its new score is the claim's token.
 --
 -- KEYS  for each partition: ready, leased, open, ended, kept
+--       last: the wake channel; so a slot that is on its way to another server is not looked into (shared/redis.ts)
 -- ARGV  [1] most calls  [2] retention, ms  [3] how long the claim lasts, ms
 --       then for each partition: stream key prefix, session key prefix
 -- Reply {{partition index from 1, call_sid, token,
@@ -44,7 +45,7 @@ local function look_at(stream, session, p, sid)
   return first, last, info.length, bytes, cursor_of(stream) == last and '' or 'uncommitted'
 end
 
-for p = 1, #KEYS / 5 do
+for p = 1, (#KEYS - 1) / 5 do
   local ended, kept_calls = KEYS[5 * p - 1], KEYS[5 * p]
   -- What is in `kept` and was not tried again in time is not past its retention any more, or gone.
   redis.call('ZREMRANGEBYSCORE', kept_calls, '-inf', now - 3600000)

@@ -6,8 +6,7 @@
 import { isCallSid } from '../shared/event-rules.js'
 import { type CallPlace, type Partitions, sessionKey, streamKey } from '../shared/keys.js'
 import type { Pool } from '../shared/postgres.js'
-import { lanesOf, type RedisClient, Script } from '../shared/redis.js'
-import { someOf } from './lease.js'
+import { lanesOf, type RedisClient, Script, someOf } from '../shared/redis.js'
 
 const script = new Script('sink/due.lua')
 

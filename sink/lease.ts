@@ -3,7 +3,8 @@
  * each must hold.
  */
 import { type CallPlace, type PartitionKeys, type Partitions, sessionKey, streamKey } from '../shared/keys.js'
-import { type Lane, lanesOf, type RedisClient, Script } from '../shared/redis.js'
+import { type Lane, lanesOf, type RedisClient, Script, someOf } from '../shared/redis.js'
+import { AwayLanes } from './away.js'
 import { MAX_READ_ENTRIES } from './read.js'
 
 const leaseScript = new Script('sink/lease.lua')
@@ -14,13 +15,15 @@ const reclaimScript = new Script('sink/reclaim.lua')
 const reapScript = new Script('sink/reap.lua')
 const endScript = new Script('sink/end.lua')
 
+const LEAST_OF_A_CALL = 16
+
 /** A call that this sink alone may work on until `deadline`. */
 export interface Lease extends CallPlace {
   /** Redis' clock, epoch ms; also the token that proves the lease. `prolong` moves it. */
   deadline: number
   /** The last entry committed to PostgreSQL. */
   cursor: string
-  /** Entries behind the cursor. */
+  /** Entries behind the cursor; no more than are to be read. */
   waiting: number
   /** Entries up to the cursor; -1 when Redis cannot say. */
   read: number
@@ -78,6 +81,7 @@ export interface LeaseLimits {
 export class Leases {
   private readonly lanes: Lane[]
   private readonly laneOf = new Map<PartitionKeys, Lane>()
+  private readonly away = new AwayLanes()
 
   constructor(
     private readonly client: RedisClient,
@@ -104,22 +108,21 @@ export class Leases {
     mayTakeSuspect = true,
   ): Promise<{ leases: Lease[]; more: number[]; gone: string[] }> {
     const asked = this.byLane([...hints].map((p) => this.partitions.at(p)))
+    for (const lane of asked.keys()) if (this.away.isAway(lane)) asked.delete(lane)
+    if (asked.size === 0) return { leases: [], more: [], gone: [] }
     const share = (limit: number) => Math.ceil(limit / asked.size)
+    // Each slot of a Cluster leases one call at least, however small its share. So that they do not hold many times the limits,
+    // less is read of each; what is left makes it ready again.
+    const mostOfACall =
+      asked.size === 1 ? MAX_READ_ENTRIES : clamp(share(limits.entries), LEAST_OF_A_CALL, MAX_READ_ENTRIES)
     const results = await Promise.allSettled(
-      [...asked.values()].map(async (partitions) => {
-        const keys = partitions.flatMap((p) => [p.ready, p.leased, p.ended])
+      [...asked].map(async ([lane, partitions]) => {
+        const keys = [...partitions.flatMap((p) => [p.ready, p.leased, p.ended]), lane.wake]
         const prefixes = partitions.flatMap((p) => [p.streamPrefix, p.sessionPrefix])
         const most = [share(limits.calls), share(limits.entries), share(limits.bytes)]
-        const args = [
-          ...most,
-          limits.leaseMs,
-          MAX_READ_ENTRIES,
-          limits.suspectLapses,
-          mayTakeSuspect ? 1 : 0,
-          ...prefixes,
-        ]
-        const reply = await leaseScript.run(this.client, keys, args)
-        return readLeases(reply as LeaseReply, partitions)
+        const args = [...most, limits.leaseMs, mostOfACall, limits.suspectLapses, mayTakeSuspect ? 1 : 0, ...prefixes]
+        const reply = await this.away.watch(lane, leaseScript.run(this.client, keys, args))
+        return readLeases(reply as LeaseReply, partitions, mostOfACall)
       }),
     )
     const answers = someOf(results) // one shard of a Cluster that cannot be reached does not stop the others
@@ -151,7 +154,8 @@ export class Leases {
    */
   async isolate(lease: Lease, entryId: string): Promise<boolean> {
     const { callSid, partition, deadline, cursor, read, finalized } = lease
-    const keys = [partition.leased, partition.open, partition.ended, streamKey(lease), sessionKey(lease)]
+    const { leased, open, ended, wake } = partition
+    const keys = [leased, open, ended, streamKey(lease), sessionKey(lease), wake]
     const args = [deadline, callSid, cursor, read, entryId, finalized ? 1 : 0]
     return (await isolateScript.run(this.client, keys, args)) === 1
   }
@@ -245,14 +249,6 @@ export class Leases {
   }
 }
 
-/** @throws the first reason when there is nothing else */
-export function someOf<T>(results: PromiseSettledResult<T>[]): T[] {
-  const values = results.flatMap((result) => (result.status === 'fulfilled' ? [result.value] : []))
-  const [failed] = results.filter((result) => result.status === 'rejected')
-  if (failed && values.length === 0) throw failed.reason
-  return values
-}
-
 /** What settle.lua is told of the call's end. */
 const endOf = ({ finalized, quarantined }: Settlement) =>
   finalized ? 'finalized' : quarantined ? 'quarantined' : 'unknown'
@@ -263,6 +259,8 @@ function lapsesAfter({ lease, last, lapsed, keepLapses }: Settlement): 'none' | 
   if (lease.lapses === 0) return 'none'
   return last === undefined || keepLapses ? 'keep' : 'forget'
 }
+
+const clamp = (n: number, least: number, most: number) => Math.max(least, Math.min(most, n))
 
 function addTo<K, V>(groups: Map<K, V[]>, key: K, value: V): void {
   const group = groups.get(key)
@@ -280,6 +278,7 @@ type LeaseReply = [
 function readLeases(
   [deadline, rows, more, gone]: LeaseReply,
   partitions: PartitionKeys[],
+  mostOfACall: number,
 ): { leases: Lease[]; more: number[]; gone: string[] } {
   return {
     leases: rows.map(
@@ -288,7 +287,7 @@ function readLeases(
         partition: partitions[index - 1]!,
         deadline,
         cursor,
-        waiting,
+        waiting: Math.min(waiting, mostOfACall),
         read,
         finalized: finalized === 1,
         lapses,

@@ -16,6 +16,7 @@ import type { SinkMetrics } from '../shared/metrics.js'
 import type { Pool } from '../shared/postgres.js'
 import { type Lane, lanesOf, type RedisClient, Script } from '../shared/redis.js'
 import { ArchiveFile } from './archive-file.js'
+import { AwayLanes } from './away.js'
 import type { Claimed } from './claimed.js'
 import { storedOf } from './stored.js'
 
@@ -65,6 +66,7 @@ export class Retention {
   /** In a Cluster there are many: each round begins with another one. */
   private nextLane = 0
   private readonly keptIn = new Map<Lane, number>()
+  private readonly away = new AwayLanes()
   private saidKeptAt = Number.NEGATIVE_INFINITY
 
   constructor(
@@ -154,15 +156,22 @@ export class Retention {
     return { calls: calls.filter((call) => isGone(call) || stored.has(call.callSid)), claimed }
   }
 
+  /** @throws Redis' error, once there is nothing to claim elsewhere: a server of a Cluster that is down stops no other's calls */
   private async claim(): Promise<{ calls: Claimed[]; uncommitted: Claimed[]; claimed: number }> {
     const { retentionMs, claimMs } = this.settings
     const found = { calls: [] as Claimed[], uncommitted: [] as Claimed[], claimed: 0 }
+    let failure: unknown
     for (let asked = 0; asked < this.lanes.length && found.claimed < PAGE_CALLS; asked++) {
       const lane = this.lanes[this.nextLane++ % this.lanes.length]!
-      const keys = lane.partitions.flatMap((p) => [p.ready, p.leased, p.open, p.ended, p.kept])
+      const keys = [...lane.partitions.flatMap((p) => [p.ready, p.leased, p.open, p.ended, p.kept]), lane.wake]
       const prefixes = lane.partitions.flatMap((p) => [p.streamPrefix, p.sessionPrefix])
       const args = [PAGE_CALLS - found.claimed, retentionMs, claimMs, ...prefixes]
-      const [rows, kept] = (await claimScript.run(this.context.redis, keys, args)) as ClaimReply
+      if (this.away.isAway(lane)) continue
+      const reply = await this.away.watch(lane, claimScript.run(this.context.redis, keys, args)).catch((error) => {
+        failure = error
+      })
+      if (reply === undefined) continue
+      const [rows, kept] = reply as ClaimReply
       this.keptIn.set(lane, kept)
       found.claimed += rows.length
       for (const [index, callSid, token, first, last, entries, bytes, why] of rows) {
@@ -171,6 +180,7 @@ export class Retention {
         else if (why === 'uncommitted') found.uncommitted.push(call)
       }
     }
+    if (failure !== undefined && found.claimed === 0) throw failure
     return found
   }
 

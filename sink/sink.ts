@@ -16,6 +16,7 @@ import { requireReady, serveHealth } from './health.js'
 import { closeFinal } from './late.js'
 import { Leases } from './lease.js'
 import { Legacy } from './legacy.js'
+import { type Listening, listen } from './listen.js'
 import { observe } from './observe.js'
 import { Progress } from './progress.js'
 import { Retention, retentionSettings } from './retention.js'
@@ -83,7 +84,6 @@ export async function startSink(config: Config, log: Logger, group?: Group): Pro
   }
   try {
     const redis = await connect()
-    const subscriber = await connect()
     await requireReachable(pool, config)
     await requireSchema(pool, config)
     if (config.ARCHIVE_DIR !== undefined) await requireArchiveDir(config.ARCHIVE_DIR)
@@ -96,9 +96,10 @@ export async function startSink(config: Config, log: Logger, group?: Group): Pro
     const backlog = new Backlog(redis, partitions)
     const wake = new Wake(config.PARTITIONS)
     const share = new Share(redis, partitions, wake)
-    await askAtStart(config.REDIS_URL, async () => {
-      await listen(subscriber, leases.wakeChannels, wake)
+    const listening = await askAtStart(config.REDIS_URL, async () => {
+      const ears = await listen(redis, partitions, wake, connect, log)
       await share.announce(true)
+      return ears
     })
 
     const metrics = createSinkMetrics()
@@ -125,7 +126,7 @@ export async function startSink(config: Config, log: Logger, group?: Group): Pro
     }
     const workers = Array.from({ length: config.SINK_WORKERS }, () => new Worker(context))
     const running = workers.map((worker) => worker.run())
-    tend(context, share, partitions, config, stopped.signal)
+    tend(context, { share, listening }, partitions, config, stopped.signal)
     cleanUp(context, partitions, config, stopped.signal)
     const url = server ? `http://${config.SINK_METRICS_HOST}:${(server.address() as { port: number }).port}` : ''
     log.info({ url, workers: workers.length, partitions: config.PARTITIONS }, 'sink runs')
@@ -146,6 +147,7 @@ export async function startSink(config: Config, log: Logger, group?: Group): Pro
           log.error('a batch in hand does not come to its end; it is given back, so another sink takes it over')
           await atMost(DISCONNECT_TIMEOUT_MS, Promise.all(workers.map((worker) => worker.giveUp())))
         }
+        listening.stop()
         await atMost(DISCONNECT_TIMEOUT_MS, disconnect())
         log.info('sink stopped')
       },
@@ -156,19 +158,14 @@ export async function startSink(config: Config, log: Logger, group?: Group): Pro
   }
 }
 
-/** Who has news, from ingest. */
-async function listen(subscriber: RedisClient, channels: string[], wake: Wake): Promise<void> {
-  subscriber.on('smessage', (_channel: string, message: string) => wake.news(message.split(',').map(Number)))
-  const subscribe = () => Promise.all(channels.map((channel) => subscriber.ssubscribe(channel)))
-  await subscribe()
-  subscriber.on('ready', () => {
-    subscribe().catch(() => undefined) // cut off once more: the next `ready` comes
-    wake.all() // what was published while it was away is lost
-  })
-}
-
 /** What is to be done besides batches, now and then. */
-function tend(context: WorkerContext, share: Share, partitions: Partitions, config: Config, signal: AbortSignal): void {
+function tend(
+  context: WorkerContext,
+  { share, listening }: { share: Share; listening: Listening },
+  partitions: Partitions,
+  config: Config,
+  signal: AbortSignal,
+): void {
   const { redis, pool, legacy, gate, metrics, log } = context
   const again = (what: string, everyMs: number, work: () => Promise<unknown>) =>
     repeat(what, everyMs, log, signal, work)
@@ -187,6 +184,7 @@ function tend(context: WorkerContext, share: Share, partitions: Partitions, conf
       if (due < REAP_PAGE) break
     }
   })
+  again('listening', TEND_MS, async () => listening.tend())
   // A Redis that was flushed does not know the count any more.
   again('claiming the partitions', TEND_MS, () => openPartitions(redis, config.PARTITIONS))
   again('looking for strays', STRAYS_MS, () => endStrays(context, config.IDLE_TIMEOUT * 1000, signal))

@@ -1,9 +1,11 @@
 /** The protocol on a Redis Cluster of one node: no script touches two slots, and sinks are woken there, too. */
 import { Redis } from 'ioredis'
-import { afterAll, afterEach, beforeAll, beforeEach, expect, test } from 'vitest'
+import { afterAll, afterEach, beforeAll, beforeEach, expect, onTestFinished, test } from 'vitest'
 import { connectRedis, openPartitions, type RedisClient } from '../shared/redis.js'
 import { Backlog } from '../sink/backlog.js'
 import { Leases } from '../sink/lease.js'
+import { type Listening, listen } from '../sink/listen.js'
+import { Wake } from '../sink/wake.js'
 import { log, until } from './support/stores.js'
 import {
   committed,
@@ -98,34 +100,34 @@ test('reap_works_on_a_cluster', async () => {
   }
 })
 
-/** The partitions whose news a sink's subscriber has heard. */
-async function listener(): Promise<Set<number>> {
-  const subscriber = await connected()
-  const heard = new Set<number>()
-  subscriber.on('smessage', (_channel: string, message: string) => {
-    for (const partition of message.split(',')) heard.add(Number(partition))
-  })
-  for (const channel of leases.wakeChannels) await subscriber.ssubscribe(channel)
-  return heard
+/** A sink's ears, and whose news they have heard. */
+async function listener(): Promise<{ listening: Listening; wake: Wake }> {
+  const wake = new Wake(redis.partitions.all.length)
+  const listening = await listen(redis.client, redis.partitions, wake, connected, log)
+  onTestFinished(() => listening.stop())
+  wake.take() // at first there may be news everywhere
+  return { listening, wake }
 }
 
 test('appends_wake_sinks_on_a_cluster', async () => {
-  const heard = await listener()
+  const { wake } = await listener()
   await new Producer(redis).store(...calls.map((sid) => turn(sid, 0)))
   const used = new Set(calls.map((sid) => redis.partitions.of(sid).partition))
-  await until('all have been heard', () => heard.size === used.size)
+  const heard = new Set<number>()
+  await until('all have been heard', () => {
+    for (const partition of wake.take()) heard.add(partition)
+    return heard.size === used.size
+  })
   expect(heard).toEqual(used)
 })
 
 test('sinks_are_woken_again_after_their_subscription_was_cut', async () => {
-  const heard = await listener()
+  const { listening, wake } = await listener()
   expect(await redis.client.call('CLIENT', 'KILL', 'TYPE', 'pubsub')).toBe(1)
-  const producer = new Producer(redis)
-  let seq = 0
-  await until('the wake-up is heard again', async () => {
-    await producer.store(turn('CA1', seq++))
-    const taken = await readAll(redis.client, await leaseAll(leases, redis), LIMITS)
-    await leases.settle(taken.map((each) => committed(each)))
-    return heard.size > 0
+  await until('it is there again, and whatever was missed is looked for', () => {
+    listening.tend()
+    return wake.take().size === redis.partitions.all.length
   })
+  await new Producer(redis).store(turn('CA1', 0))
+  await until('the wake-up is heard again', () => wake.take().has(redis.partitions.of('CA1').partition))
 })

@@ -18,5 +18,6 @@ export const IN_CONTAINERS = ['test/**/*.test.ts']
 /** Patterns of suites that `npm test` runs and `npm run test:containers` does not, and why. */
 export const NOT_IN_CONTAINERS: Record<string, string> = {
   'cli/local-servers.test.ts': 'it is about the servers that run without containers',
+  'test/cluster/**/*.test.ts': 'a Cluster of servers that find each other on loopback; npm run test:cluster',
   '{cli,client,ingest,sink,shared}/**/*.test.ts': 'units: they use neither Redis nor PostgreSQL',
 }

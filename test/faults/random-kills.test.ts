@@ -3,12 +3,12 @@
  * `npm test`; `npm run test:faults` goes on until there were enough kills and enough turns.
  */
 import { afterAll, beforeAll, expect, inject, test } from 'vitest'
-import { KillableStore } from '../support/killable-stores.js'
+import { KillableStore, outlivesItsRedis } from '../support/killable-stores.js'
 import { Load } from './load.js'
 import { Killer, newChance, VICTIMS } from './random.js'
 import { expectNoUnexplainedDeaths, type Rig, settled, startRig } from './rig.js'
 
-const ENVIRONMENT = { LEASE_SECONDS: '2', DURABILITY: 'fsync' }
+const ENVIRONMENT = { LEASE_SECONDS: '2', DURABILITY: outlivesItsRedis() }
 /** A round is played, comes to its end, and is compared; the next one begins on the same stores. */
 const SHORT_ROUND = { calls: 200, turns: 100, rate: 2400 }
 const LONG_ROUND = { calls: 500, turns: 175 }

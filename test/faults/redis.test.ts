@@ -5,12 +5,12 @@ import { afterAll, beforeAll, expect, test } from 'vitest'
 import { verifyCalls } from '../../cli/compare.js'
 import { expectedCalls } from '../../cli/load.js'
 import { GROUP } from '../../shared/keys.js'
-import { KillableStore } from '../support/killable-stores.js'
+import { KillableStore, outlivesItsRedis } from '../support/killable-stores.js'
 import { until } from '../support/stores.js'
 import { Load } from './load.js'
 import { expectNoUnexplainedDeaths, figureOf, type Rig, settled, startRig, TIMEOUT_MS } from './rig.js'
 
-const ENVIRONMENT = { LEASE_SECONDS: '2', DURABILITY: 'fsync' }
+const ENVIRONMENT = { LEASE_SECONDS: '2', DURABILITY: outlivesItsRedis() }
 
 let redis: KillableStore
 beforeAll(async () => {

@@ -2,12 +2,14 @@
 import { mkdtempSync, readdirSync, readFileSync, rmSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
+import { Cluster } from 'ioredis'
 import { expect, type TestContext } from 'vitest'
 import type { Environment } from '../../shared/config.js'
 import { Partitions } from '../../shared/keys.js'
 import type { Pool } from '../../shared/postgres.js'
 import { connectRedis, type RedisClient } from '../../shared/redis.js'
 import { migrate } from '../../shared/schema.js'
+import { askAll } from '../support/cluster-database.js'
 import type { KillableStore } from '../support/killable-stores.js'
 import { figure } from '../support/metrics.js'
 import { lastingPort, Service } from '../support/processes.js'
@@ -25,7 +27,7 @@ export interface RigPlan {
   ingestEnvironments?: Environment[]
   sinkEnvironments?: Environment[]
   /** Not the run's shared ones. */
-  redis?: KillableStore
+  redis?: Pick<KillableStore, 'url'>
   postgres?: KillableStore
   unsupervised?: boolean
   /** A relay in front of a store, for one kind of process. */
@@ -104,6 +106,7 @@ async function openStores(plan: RigPlan, ends: (() => Promise<unknown>)[]): Prom
   let stores: Omit<Stores, 'databaseUrl' | 'pool'>
   if (plan.redis) {
     const redis = await connectRedis(plan.redis.url, log)
+    if (redis instanceof Cluster) askAll(redis)
     ends.push(async () => {
       await redis.flushall()
       redis.disconnect()

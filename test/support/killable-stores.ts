@@ -1,5 +1,6 @@
 /** A Redis and a PostgreSQL of a test's own, to be killed and started again on the same data and port, or stopped for a while. */
 import { inject } from 'vitest'
+import { killableCluster } from './killable-cluster.js'
 import { launchPostgres, launchRedis, type StoreServer } from './store-server.js'
 
 export class KillableStore {
@@ -9,6 +10,7 @@ export class KillableStore {
 
   /** Syncs every write before it answers: what it has said survives whatever happens to its process. */
   static async redis(): Promise<KillableStore> {
+    if (inject('cluster')) return new KillableStore(await killableCluster())
     return new KillableStore(await launchRedis(inject('images'), { args: ['--appendfsync', 'always'] }))
   }
 
@@ -56,3 +58,6 @@ export class KillableStore {
     await this.server.stop()
   }
 }
+
+/** The DURABILITY with which an ack outlives a `KillableStore.redis` that is killed. */
+export const outlivesItsRedis = () => (inject('cluster') ? 'replicas:1' : 'fsync')

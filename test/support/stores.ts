@@ -1,6 +1,5 @@
 /** A fresh database and a fresh Redis database for one suite or test, and services that run on them in this process. */
 import { randomBytes } from 'node:crypto'
-import { setTimeout as sleep } from 'node:timers/promises'
 import type { Redis } from 'ioredis'
 import { inject } from 'vitest'
 import { type Ingest, startIngest } from '../../ingest/ingest.js'
@@ -10,8 +9,11 @@ import { createLog } from '../../shared/log.js'
 import { createPool, type Pool } from '../../shared/postgres.js'
 import { connectRedis } from '../../shared/redis.js'
 import { type Sink, startSink } from '../../sink/sink.js'
+import { takeCluster } from './cluster-database.js'
 import { TEMPLATE_DATABASE } from './servers.js'
 import { launchRedis, type StoreServer } from './store-server.js'
+
+export { until } from './until.js'
 
 export const log = createLog('test', childEnvironment().TEST_LOG_LEVEL ?? 'silent')
 
@@ -24,6 +26,12 @@ export interface RedisDatabase {
 
 /** Which of the server's databases is free is told by Redis itself: suites run in several processes. */
 export async function freshRedis(): Promise<RedisDatabase> {
+  const clusters = inject('clusters')
+  if (clusters) {
+    const { url, client, giveBack } = await takeCluster(clusters, log)
+    // What suites ask of it, a Cluster's client can answer, too; suites that ask for more are not run on one.
+    return { url, client: client as unknown as Redis, partitions: new Partitions(64), drop: giveBack }
+  }
   const url = new URL(inject('redisUrl'))
   const counter = (await connectRedis(url.href, log)) as Redis
   const databases = Number(((await counter.config('GET', 'databases')) as string[])[1])
@@ -125,20 +133,5 @@ export async function startTestStack(environment: Record<string, string> = {}, s
       await Promise.all(sinks.map((sink) => sink.stop()))
       await Promise.all([redis.drop(), database.drop()])
     },
-  }
-}
-
-/** Waits until `check` gives something else than undefined or false. @throws after `timeoutMs`, saying what was waited for */
-export async function until<T>(
-  what: string,
-  check: () => Promise<T | undefined | false> | T | undefined | false,
-  timeoutMs = 10_000,
-): Promise<T> {
-  const deadline = Date.now() + timeoutMs
-  for (;;) {
-    const result = await check()
-    if (result !== undefined && result !== false) return result
-    if (Date.now() > deadline) throw new Error(`waited ${timeoutMs} ms in vain until ${what}`)
-    await sleep(5)
   }
 }

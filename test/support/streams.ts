@@ -94,7 +94,8 @@ const appendScript = new Script('ingest/append.lua')
 export async function appendBatch(store: Store, producer: string, batch: number, known: number, calls: BatchCall[]) {
   const { client, partitions } = store
   const used = [...new Set(calls.map(({ sid }) => partitions.of(sid)))]
-  const keys = [partitions.at(0).producerPrefix + producer, lanesOf(client, partitions)[0]!.wake]
+  const lane = lanesOf(client, partitions).find((each) => each.partitions.includes(used[0]!))!
+  const keys = [lane.partitions[0]!.producerPrefix + producer, lane.wake]
   for (const p of used) keys.push(p.ready, p.leased, p.open, p.ended)
   const args: (string | number)[] = [batch, known, 60_000, 10_000, used.length]
   for (const { sid, events, session = [] } of calls) {

@@ -1,0 +1,74 @@
+/** What a Redis Cluster wants that a single Redis does not. */
+import { setTimeout as sleep } from 'node:timers/promises'
+import { type Cluster, type ClusterOptions, Command, type Redis } from 'ioredis'
+import type { PartitionKeys } from './keys.js'
+import type { Lane } from './redis.js'
+
+/** Longer than it takes to find out that a server hangs, and to ask another one. */
+const READY_MS = 15_000
+
+/** On a Cluster, too, a command fails at once when its server is gone, or its slot has none: whoever sent it sends it again. */
+export const FAILS_AT_ONCE: ClusterOptions = {
+  retryDelayOnFailover: 0,
+  retryDelayOnClusterDown: 0,
+  // While a slot moves, its scripts have to wait. Not for long here: calls of other slots may wait for the same answer.
+  retryDelayOnTryAgain: 20,
+  maxRedirections: 5,
+  // The layout is asked for, for where a server hangs, nothing answers with MOVED.
+  slotsRefreshInterval: 2000,
+}
+
+/**
+ * A Cluster's `connect` neither succeeds nor fails when the server that it asks has no answer, or
+ * `cluster_state:fail`: it goes on trying.
+ *
+ * @throws (rejects) when no server answers, or the Cluster is not ready in time
+ */
+export async function untilReady(client: Cluster): Promise<void> {
+  const late = new AbortController()
+  const timeout = sleep(READY_MS, undefined, { signal: late.signal }).then(() => {
+    throw new Error('the Cluster is not ready; see what CLUSTER INFO says of cluster_state')
+  })
+  const ready = new Promise((resolve) => client.once('ready', resolve))
+  try {
+    await Promise.race([client.connect(), ready, timeout])
+  } finally {
+    late.abort()
+    timeout.catch(() => undefined)
+  }
+}
+
+/** One partition: its keys are one slot. */
+export class ClusterLane implements Lane {
+  readonly partitions: readonly PartitionKeys[]
+  readonly wake: string
+  readonly isAlone = false
+  private readonly slot: number
+
+  constructor(
+    private readonly cluster: Cluster,
+    partition: PartitionKeys,
+  ) {
+    this.partitions = [partition]
+    this.wake = partition.wake
+    this.slot = new Command('exists', [partition.wake]).getSlot()
+  }
+
+  connection(): Redis {
+    const server = this.knownServer()
+    if (!server) throw new Error(`no server of the Cluster is known to have slot ${this.slot}`)
+    return server
+  }
+
+  knownServer(): Redis | undefined {
+    const master = this.cluster.slots[this.slot]?.[0]
+    return this.cluster.nodes('master').find((each) => addressOf(each) === master)
+  }
+
+  async find(): Promise<Redis> {
+    await this.cluster.exists(this.wake) // by way of its answer, MOVED, the client learns
+    return this.connection()
+  }
+}
+
+export const addressOf = ({ options }: Redis) => `${options.host}:${options.port}`

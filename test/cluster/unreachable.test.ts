@@ -1,0 +1,104 @@
+/** A shard that is down, or hangs, and has no replica to take over: the others' calls go on, and its own wait for it. */
+import { setTimeout as sleep } from 'node:timers/promises'
+import { Command } from 'ioredis'
+import { afterAll, beforeAll, expect, inject, onTestFinished, test } from 'vitest'
+import { readConfig } from '../../shared/config.js'
+import { PARTITIONS_KEY, Partitions } from '../../shared/keys.js'
+import { startSink } from '../../sink/sink.js'
+import { testIngest, Wire } from '../support/ingest.js'
+import { figure } from '../support/metrics.js'
+import { freshDatabase, log, until } from '../support/stores.js'
+import { turn } from '../support/streams.js'
+import { TestCluster } from '../support/test-cluster.js'
+
+let cluster: TestCluster
+beforeAll(async () => {
+  cluster = await TestCluster.start({ replicas: 0 })
+})
+afterAll(() => cluster?.stop())
+
+const partitions = new Partitions(64)
+const slotOf = (key: string) => new Command('exists', [key]).getSlot()
+
+/** So many calls of a shard. */
+async function callsOn(port: number, count: number): Promise<string[]> {
+  const sids: string[] = []
+  const owners = new Map<number, number>()
+  for (const p of partitions.all) owners.set(p.partition, await cluster.masterOf(slotOf(p.ready)))
+  for (let i = 0; sids.length < count; i++) {
+    const sid = `CA${port}-${i}`
+    if (owners.get(partitions.of(sid).partition) === port) sids.push(sid)
+  }
+  return sids
+}
+
+/** To find out that a server hangs takes seconds, again and again: only in `npm run test:cluster`. */
+const WAYS = inject('cluster') ? (['is_down', 'hangs'] as const) : (['is_down'] as const)
+
+for (const way of WAYS) {
+  test(`while_a_shard_${way}_the_others_go_on_and_its_own_events_wait`, { timeout: 60_000 }, async () => {
+    await cluster.flush()
+    const database = await freshDatabase()
+    onTestFinished(() => database.drop())
+    const environment = {
+      REDIS_URL: cluster.url,
+      DATABASE_URL: database.url,
+      SINK_METRICS_PORT: '0',
+      LEASE_SECONDS: '2',
+    }
+    const ingest = await testIngest(environment)
+    const sinks = [await startSink(readConfig(environment), log)]
+    onTestFinished(async () => void (await Promise.all(sinks.map((sink) => sink.stop()))))
+
+    const needed = await cluster.masterOf(slotOf(PARTITIONS_KEY))
+    const [dead, other] = (await cluster.masters()).filter((port) => port !== needed)
+    const deadCalls = await callsOn(dead!, 5)
+    const liveCalls = [...(await callsOn(other!, 5)), ...(await callsOn(needed, 5))]
+    const wires = new Map<string, Wire>()
+    for (const sid of [...deadCalls, ...liveCalls]) wires.set(sid, await Wire.open(ingest, `?call_sid=${sid}`))
+    const say = (sids: string[], seq: number) => {
+      for (const sid of sids) wires.get(sid)!.send(turn(sid, seq))
+    }
+    const stored = async (sids: string[], turns: number) => {
+      const sql = 'SELECT count(*)::int AS n FROM call_transcript_turns WHERE call_sid = ANY($1)'
+      const { rows } = await database.pool.query<{ n: number }>(sql, [sids])
+      return rows[0]!.n === sids.length * turns
+    }
+    const all = [...deadCalls, ...liveCalls]
+    say(all, 0)
+    await until('all are stored', () => stored(all, 1))
+
+    if (way === 'is_down') await cluster.kill(dead!)
+    else await cluster.server(dead!).signal('SIGSTOP')
+    onTestFinished(() => (way === 'is_down' ? undefined : cluster.server(dead!).signal('SIGCONT')))
+    for (let seq = 1; seq <= 5; seq++) {
+      say(all, seq)
+      await until(`turn ${seq} of the others is acked and stored`, async () => {
+        const areAcked = liveCalls.every((sid) => wires.get(sid)!.acked === seq + 1)
+        return areAcked && (await stored(liveCalls, seq + 1))
+      })
+      await sleep(300)
+    }
+    expect(
+      deadCalls.map((sid) => wires.get(sid)!.acked),
+      'no ack',
+    ).toEqual(deadCalls.map(() => 1))
+    // One that starts meanwhile serves the others, too.
+    sinks.push(await startSink(readConfig(environment), log))
+    const second = await testIngest(environment)
+    const late = await Wire.open(second)
+    late.send(turn(liveCalls[0]!, 6))
+    await late.untilAcked(1)
+    await until('ingest has waited for it for some time', async () => {
+      const answer = await fetch(`${ingest.url}/readyz`)
+      return answer.status === 200 && JSON.stringify(await answer.json()).includes('waiting')
+    })
+
+    if (way === 'is_down') await cluster.restore()
+    else await cluster.server(dead!).signal('SIGCONT')
+    await until('its events are acked', () => deadCalls.every((sid) => wires.get(sid)!.acked === 6), 20_000)
+    await until('its events are stored', () => stored(deadCalls, 6), 20_000)
+    for (const sink of sinks) expect(await figure(sink.url, 'calltape_sink_lost_streams_total')).toBe(0)
+    expect((await fetch(`${sinks[0]!.url}/readyz`)).status).toBe(200)
+  })
+}
