@@ -48,7 +48,7 @@ export class ScriptCall {
   }
 
   /** @throws NOSCRIPT and all else that `Script.runLoaded` throws */
-  run(connection: Redis, { sha }: Script): Promise<unknown> {
+  run(connection: Redis, { sha }: Pick<Script, 'sha'>): Promise<unknown> {
     const keys = String(this.keys)
     const head = `*${3 + this.keys + this.args}\r\n$7\r\nEVALSHA\r\n$${sha.length}\r\n${sha}\r\n$${keys.length}\r\n${keys}\r\n`
     const start = HEAD_BYTES - head.length

@@ -96,11 +96,7 @@ export async function startSink(config: Config, log: Logger, group?: Group): Pro
     const backlog = new Backlog(redis, partitions)
     const wake = new Wake(config.PARTITIONS)
     const share = new Share(redis, partitions, wake)
-    const listening = await askAtStart(config.REDIS_URL, async () => {
-      const ears = await listen(redis, partitions, wake, connect, log)
-      await share.announce(true)
-      return ears
-    })
+    const listening = await askAtStart(config.REDIS_URL, () => listen(redis, partitions, wake, connect, log))
 
     const metrics = createSinkMetrics()
     const legacy = await openLegacy(config, pool, metrics, log)

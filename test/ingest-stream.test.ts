@@ -83,7 +83,7 @@ describe('hello', () => {
 describe('events', () => {
   let ingest: Ingest
   beforeEach(async () => {
-    ingest = await testIngest({ REDIS_URL: redis.url })
+    ingest = await testIngest({ REDIS_URL: redis.url, WINDOW: '4096' })
   })
 
   test('are_numbered_over_single_ones_arrays_and_what_is_refused', async () => {

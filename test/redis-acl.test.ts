@@ -78,7 +78,7 @@ const post = (calls: Calls, events: object[]) =>
 
 test('the_users_of_the_README_may_do_all_that_is_needed_and_nothing_is_refused_to_them', async () => {
   await refusals()
-  const calls = await stack({ STREAM_RETENTION: '3', SWEEP_INTERVAL: '1', IDLE_TIMEOUT: '2', DISCONNECT_GRACE: '0' })
+  const calls = await stack({ STREAM_RETENTION: '10', SWEEP_INTERVAL: '1', IDLE_TIMEOUT: '2', DISCONNECT_GRACE: '0' })
   const [whole, presumed, replayed, erased] = [newSid(), newSid(), newSid(), newSid()]
   for (const sid of [whole, replayed, erased]) {
     expect((await post(calls, [...seqs(3).map((seq) => turn(sid, seq)), ended(sid, 3)])).status).toBe(200)
@@ -94,11 +94,14 @@ test('the_users_of_the_README_may_do_all_that_is_needed_and_nothing_is_refused_t
     const { code, err } = await calltape(args, environmentOf('commands'))
     expect({ args, code, err }).toEqual({ args, code: 0, err: expect.any(String) })
   }
-  await runs('show', whole)
-  await runs('verify')
-  await runs('replay', '--all', '--dry-run')
-  await runs('replay', '--call', replayed)
-  await runs('export', whole, '--format', 'json')
+  // Together, and before retention takes away what they look at.
+  await Promise.all([
+    runs('show', whole),
+    runs('verify'),
+    runs('replay', '--all', '--dry-run'),
+    runs('replay', '--call', replayed),
+    runs('export', whole, '--format', 'json'),
+  ])
   await runs('quarantine', 'list')
   await runs('rescue', '--match', 'nobodys*')
   await runs('erase', erased, '--rewrite-aof')
