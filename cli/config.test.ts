@@ -36,7 +36,7 @@ test('a_document_without_a_place_for_the_table_is_an_error', () => {
 test('ranges_and_defaults_are_in_the_table_with_their_units', () => {
   const rows = configurationTable().split('\n')
   const row = (name: string) => rows.find((line) => line.startsWith(`| \`${name}\``))
-  expect(row('WINDOW')).toContain('| `4096` | 1 – 1000000 |')
+  expect(row('WINDOW')).toContain('| `1024` | 1 – 1000000 |')
   expect(row('IDLE_TIMEOUT')).toContain('| `1800` s (30 min) | seconds: 1 s – 30 d |')
   expect(row('MAX_BODY_BYTES')).toContain('| `16777216` B (16 MiB) | bytes: 1 KiB – 512 MiB |')
   expect(row('STREAM_RETENTION')).toContain('| `604800` s (7 d) | seconds: 0 s – 3660 d, `off` |')
@@ -52,7 +52,7 @@ describe('where_a_value_comes_from', () => {
       DATABASE_SCHEMA: ['calls', 'up'],
       LEGACY_CALL_SESSIONS: [null, 'default'],
       PARTITIONS: [16, 'environment'],
-      WINDOW: [4096, 'default'],
+      WINDOW: [1024, 'default'],
     })
   })
 
@@ -197,7 +197,7 @@ describe('no_secret_is_told', () => {
         REDIS_URL: 'redis://:hunter2@127.0.0.1:1',
         INGEST_TOKENS: 'hunter2,hunter3',
         INGEST_PORT: '0',
-        WINDOW: '4096',
+        WINDOW: '1024',
       },
       ...{ SINK_WORKERS: '3', DATABASE_URL: 'postgres://u:hunter2@127.0.0.1:1/x', LOG_LEVEL: 'info' },
     }

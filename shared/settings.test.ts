@@ -34,11 +34,11 @@ const ENTRIES: Record<Reader, string[]> = {
   sink: ['sink/sink.ts'],
   // What runs the two processes, shows settings or makes up its own environment for a stack works on none of them itself.
   commands: sources.filter(
-    (file) => file.startsWith('cli/') && !/calltape|config|stack|demo|up|load|health/.test(file),
+    (file) => file.startsWith('cli/') && !/calltape|config|stack|demo|up|load|health|service|processes/.test(file),
   ),
 }
 /** Settings of a process that are read where it is started, or checked. */
-const READ_AT_START: SettingName[] = ['LOG_LEVEL', 'CRASH_AT']
+const READ_AT_START: SettingName[] = ['LOG_LEVEL', 'CRASH_AT', 'INGEST_PROCESSES', 'SINK_PROCESSES']
 
 function closureOf(entries: string[]): Set<string> {
   const found = new Set(entries)

@@ -180,16 +180,17 @@ describe('fairness', () => {
   test('a_million_tiny_events_from_connections_at_full_speed_starve_nobody_and_leave_memory_flat', async () => {
     const EVENTS = 1_000_000
     const CONNECTIONS = 16
-    const message = `[${Array(1024).fill('{"type":"turn","call_sid":"t","speaker":"a","text":""}').join()}]`
-    const each = Math.ceil(EVENTS / CONNECTIONS / 1024)
+    const BATCH = 256
+    const message = `[${Array(BATCH).fill('{"type":"turn","call_sid":"t","speaker":"a","text":""}').join()}]`
+    const each = Math.ceil(EVENTS / CONNECTIONS / BATCH)
     const flood = async (n: number) => {
       const client = await Client.open()
       const own = message.replaceAll('"t"', `"t${n}"`)
       for (let sent = 0; sent < each; sent++) {
-        await client.untilAcked((sent - 3) * 1024) // the window is kept full
+        await client.untilAcked((sent - 3) * BATCH) // the window is kept full
         client.send(own)
       }
-      await client.untilAcked(each * 1024)
+      await client.untilAcked(each * BATCH)
     }
     const start = performance.now()
     const { mib, result } = await growthDuring(ingest, () =>
@@ -197,7 +198,7 @@ describe('fairness', () => {
     )
     print(`they took ${((performance.now() - start) / 1000).toFixed(1)} s; ingest grew by ${mib} MiB`)
     const lengths = await Promise.all(numbers(CONNECTIONS).map((n) => redis.client.xlen(streamOf(redis, `t${n}`))))
-    expect(lengths).toEqual(Array(CONNECTIONS).fill(each * 1024))
+    expect(lengths).toEqual(Array(CONNECTIONS).fill(each * BATCH))
     expect(mib).toBeLessThan(200)
     expect(result.p50).toBeLessThan(MOST_MEDIAN_MS)
   })
