@@ -24,6 +24,7 @@ import { sessionNote } from './session.js'
 
 /** One batch that Redis executes and one that waits for it; more would only make batches smaller. */
 const MAX_IN_FLIGHT = 2
+const MAX_FREE_CALLS = 8
 /** What an event takes in memory beside its JSON, roughly. */
 const EVENT_OVERHEAD_BYTES = 256
 const FIRST_RETRY_PAUSE_MS = 10
@@ -55,8 +56,6 @@ class LaneQueue {
   private readonly batches: Batch[] = []
   /** Made up into a batch only when one can be sent: until then whoever comes next gets his turn. */
   private readonly queue = new FairQueue()
-  /** Free for the next batches: their buffers are worth keeping. */
-  private readonly scriptCalls: ScriptCall[] = []
   /** Appends that are sent and not answered. */
   inFlight = 0
   private nextNumber = 1
@@ -109,7 +108,7 @@ class LaneQueue {
     const started = performance.now()
     const { idleTimeoutMs, disconnectGraceMs, confirm } = this.appender.options
     const knownApplied = this.batches[0]!.number - 1
-    const call = this.scriptCalls.pop() ?? new ScriptCall()
+    const call = this.appender.scriptCalls.pop() ?? new ScriptCall()
     batch.encode(call, this.producerKey, this.lane.wake, knownApplied, idleTimeoutMs, disconnectGraceMs)
     crashPoint('before-append')
     let reply: unknown
@@ -127,7 +126,7 @@ class LaneQueue {
     }
     crashPoint('after-append')
     call.reset() // of one that failed, nobody knows what the socket still holds
-    this.scriptCalls.push(call)
+    if (this.appender.scriptCalls.length < MAX_FREE_CALLS) this.appender.scriptCalls.push(call)
     this.inFlight--
     this.failures = 0
     this.batches.splice(this.batches.indexOf(batch), 1)
@@ -172,6 +171,8 @@ export class Appender {
   failure: string | undefined
   /** Nothing is sent any more. */
   isAbandoned = false
+  /** Free for the next batches of any lane: their buffers are worth keeping. */
+  readonly scriptCalls: ScriptCall[] = []
 
   constructor(
     client: RedisClient,

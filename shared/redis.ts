@@ -47,7 +47,6 @@ export async function connectRedis(
     connectTimeout: SILENCE_MS,
     // After a failover the old primary may live on as a replica. Connecting again leads to the new one.
     reconnectOnError: (error: Error) => error.message.startsWith('READONLY'),
-    protocol: 2 as const,
     ...(first.protocol === 'rediss:' ? { tls: redisTls(files, log) } : {}),
   }
   const retry = (times: number) => backoffMs(times, 100, 2000)
@@ -65,6 +64,7 @@ export async function connectRedis(
           },
         })
       : new Redis(first.href, { ...common, retryStrategy: retry })
+  if (client instanceof Redis) stopTimersOfClosed(client)
   // ioredis reports each failed attempt as an event; without a listener it would print them by itself.
   let lastError: Error | undefined
   client.on('error', (error: Error) => {
@@ -92,6 +92,15 @@ export async function connectRedis(
 /** A Cluster's error says only that none of its nodes could be used; why is in it. */
 const ofNode = (error: Error & { lastNodeError?: unknown }) =>
   error.lastNodeError instanceof Error ? error.lastNodeError : error
+
+/** ioredis 5 leaves the timer of `socketTimeout` running when a connection closes that owes a reply: it would cut the next one. */
+function stopTimersOfClosed(client: Redis): void {
+  const timed = client as unknown as { socketTimeoutTimer: NodeJS.Timeout | undefined }
+  client.on('close', () => {
+    clearTimeout(timed.socketTimeoutTimer)
+    timed.socketTimeoutTimer = undefined
+  })
+}
 
 async function checkServer(client: RedisClient, minVersion: string): Promise<void> {
   // Of a Cluster whichever answers: one that is down must not keep a process from serving the others' calls. All are waited

@@ -29,6 +29,7 @@ export class Hold {
     return this.leases.isolate(lease, entryId)
   }
 
+  /** Never throws: what Redis refuses is in the answer. */
   async settle(settlements: Settlement[]): Promise<Settled> {
     for (const { lease } of settlements) this.held.delete(lease)
     await this.prolonging // it moves the deadlines by which settle proves the leases
@@ -40,8 +41,7 @@ export class Hold {
     clearInterval(this.timer)
     const settlements = [...this.held].map(givenBack)
     if (settlements.length === 0) return
-    await this.settle(settlements).catch((error: Error) => {
-      this.log.warn({ err: error }, 'leases could not be given back; they will lapse')
-    })
+    const { failure } = await this.settle(settlements)
+    if (failure) this.log.warn({ err: failure }, 'leases could not be given back; they will lapse')
   }
 }

@@ -67,6 +67,8 @@ export interface Settled {
   again: number[]
   /** Entries that somebody trimmed away before they were committed. */
   lost: { callSid: string; entries: number }[]
+  /** Why some of the leases are not settled; the rest is of the others. */
+  failure?: Error
 }
 
 export interface LeaseLimits {
@@ -163,11 +165,14 @@ export class Leases {
   async settle(settlements: Settlement[]): Promise<Settled> {
     const groups = new Map<string, Settlement[]>()
     for (const settlement of settlements) addTo(groups, this.tokenOf(settlement.lease), settlement)
-    const replies = await Promise.all([...groups.values()].map((group) => this.settleTogether(group)))
+    const results = await Promise.allSettled([...groups.values()].map((group) => this.settleTogether(group)))
+    const replies = results.flatMap((result) => (result.status === 'fulfilled' ? [result.value] : []))
+    const failed = results.find((result) => result.status === 'rejected')
     return {
       lapsed: replies.reduce((sum, r) => sum + r[0], 0),
       again: replies.flatMap((r) => r[1]),
       lost: replies.flatMap((r) => r[2]).map(([callSid, entries]) => ({ callSid, entries })),
+      ...(failed && { failure: failed.reason as Error }),
     }
   }
 

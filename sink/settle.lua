@@ -26,18 +26,21 @@ local function set_cursor(stream, last, read)
   end
 end
 
--- The first entry behind the cursor, and whether any that were added are not known to be read. (XINFO GROUPS knows without a look
--- at the entries; XINFO STREAM gives two of them with all that is in them.)
+-- The first entry behind the cursor; if there is none, whether any that were added are not known to be read. What is there is looked
+-- for whatever the group's lag says: the group may be gone, and after a failover as many entries may have come as it has lost.
+-- (XINFO GROUPS says what is added without a look at the entries; XINFO STREAM gives two of them with all that is in them. Of a
+-- stream that was trimmed to nothing, newer servers say that nothing is behind.)
 local function look_behind(stream, last)
+  local news = redis.pcall('XRANGE', stream, '(' .. last, '+', 'COUNT', 1)
+  if news.err then return nil, false end
+  if news[1] then return news[1][1], true end
   local groups = redis.pcall('XINFO', 'GROUPS', stream)
   if groups.err then return nil, false end
   for _, g in ipairs(groups) do
     local info = {}
     for i = 1, #g, 2 do info[g[i]] = g[i + 1] end
     if info.name == 'sink' then
-      if info.lag == 0 then return nil, false end
-      local news = redis.call('XRANGE', stream, '(' .. last, '+', 'COUNT', 1)[1]
-      return news and news[1], true
+      return nil, info.lag ~= 0 or redis.call('XLEN', stream) == 0
     end
   end
   return nil, false

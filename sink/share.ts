@@ -15,7 +15,7 @@
  */
 import { randomUUID } from 'node:crypto'
 import { hash, type PartitionKeys, type Partitions, SINKS_KEY } from '../shared/keys.js'
-import { type Lane, lanesOf, type RedisClient, Script } from '../shared/redis.js'
+import { type Lane, lanesOf, type RedisClient, Script, someOf } from '../shared/redis.js'
 import type { Wake } from './wake.js'
 
 const announceScript = new Script('sink/announce.lua')
@@ -65,6 +65,7 @@ export class Share {
   /** How many partitions are this one's. */
   owned: number
   private hasLeft = false
+  private askedAt = performance.now()
 
   constructor(
     private readonly client: RedisClient,
@@ -79,11 +80,11 @@ export class Share {
    * To be called about every second.
    *
    * @param isFit whether this sink can store: else its part is for the others, if there are any
-   * @throws Redis' errors; the division stays as it was
+   * @throws Redis' errors; the division stays as it was, for a while
    */
   async announce(isFit: boolean): Promise<void> {
     if (this.hasLeft) return
-    const living = (await this.say(isFit ? ANNOUNCED_MS : 0)).sort()
+    const living = await this.ask(isFit)
     if (living.join() === this.living) return
     this.living = living.join()
     const others = living.filter((sink) => sink !== this.id)
@@ -91,6 +92,22 @@ export class Share {
     this.sinks = living.length
     this.owned = own?.size ?? this.partitions.all.length
     this.wake.share(own)
+  }
+
+  /** @throws Redis' errors; when nobody has been able to say for so long who lives, all partitions are this sink's */
+  private async ask(isFit: boolean): Promise<string[]> {
+    try {
+      const living = (await this.say(isFit ? ANNOUNCED_MS : 0)).sort()
+      this.askedAt = performance.now()
+      return living
+    } catch (error) {
+      if (performance.now() - this.askedAt > ANNOUNCED_MS && this.living !== '') {
+        this.living = ''
+        this.owned = this.partitions.all.length
+        this.wake.share(undefined)
+      }
+      throw error
+    }
   }
 
   /** @throws Redis' errors; then the others learn of it when the announcement lapses */
@@ -118,6 +135,7 @@ export class Share {
         if (ms > limitMs) wake.add([partition])
         else if (ms >= 0) wake.news([partition]) // it is looked at again, for as long as there is something
       }
+      for (const partition of noted) if (!waiting.has(partition)) wake.news([partition])
     } catch (error) {
       wake.news([...noted])
       throw error
@@ -141,14 +159,16 @@ export class Share {
       const its = lane.partitions.filter((p) => asked.has(p))
       for (let at = 0; at < its.length; at += PARTITIONS_AT_ONCE) groups.push(its.slice(at, at + PARTITIONS_AT_ONCE))
     }
-    const replies = await Promise.all(
-      groups.map(async (group) => {
-        const keys = group.map(({ ready }) => ready)
-        return (await waitingScript.run(this.client, keys, [])) as number[]
+    const answers = await Promise.allSettled(
+      groups.map(async (group): Promise<[number, number][]> => {
+        const ms = (await waitingScript.run(
+          this.client,
+          group.map(({ ready }) => ready),
+          [],
+        )) as number[]
+        return group.map(({ partition }, i) => [partition, ms[i]!])
       }),
     )
-    return new Map(
-      groups.flatMap((group, g) => group.map(({ partition }, i): [number, number] => [partition, replies[g]![i]!])),
-    )
+    return new Map(someOf(answers).flat())
   }
 }

@@ -142,8 +142,8 @@ export class Worker {
   private async settle(hold: Hold, settlements: Settlement[]): Promise<void> {
     const { wake, metrics, log, progress } = this.context
     const started = performance.now()
-    const { lapsed, again, lost } = await hold.settle(settlements)
-    progress.succeeded('Redis')
+    const { lapsed, again, lost, failure } = await hold.settle(settlements)
+    if (!failure) progress.succeeded('Redis')
     metrics.settleSeconds.observe((performance.now() - started) / 1000)
     wake.news(again)
     if (lapsed > 0) log.warn({ lapsed }, 'leases lapsed while their entries were being committed')
@@ -151,6 +151,7 @@ export class Worker {
       metrics.lostEntries.inc(entries)
       log.error({ callSid, entries }, 'LOST: entries were removed from the stream before they were committed')
     }
+    if (failure) throw failure
   }
 
   private async failed(hold: Hold, batch: Lease[], { verdict, cause }: NotStored): Promise<void> {

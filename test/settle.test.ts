@@ -249,3 +249,23 @@ test('leases_of_several_batches_and_partitions_are_settled_together', async () =
     expect(await groupOf(redis, each)).toMatchObject({ lag: 0 })
   }
 })
+
+/** What came while the call was leased is for settle to find, whatever Redis' counters say by then. */
+test.each<[string, (waiting: string) => Promise<unknown>]>([
+  ['whose_group_is_gone', () => redis.client.xgroup('DESTROY', streamOf(redis, sid), 'sink')],
+  [
+    'whose_group_counts_too_much',
+    // After a failover: k entries that a sink has in hand are lost, and k others have come.
+    () => redis.client.call('XGROUP', 'SETID', streamOf(redis, sid), 'sink', '0', 'ENTRIESREAD', '2'),
+  ],
+])('news_of_a_call_%s_is_not_forgotten', async (_state, spoil) => {
+  await producer.store(turn(sid, 0), turn(sid, 1))
+  const taken = await take(leases, redis)
+  taken.lease.read += 1
+  await producer.store(turn(sid, 2))
+  const [, , waiting] = await idsOf(sid)
+  await spoil(waiting!)
+  const { again, lost } = await leases.settle([committed(taken)])
+  expect({ again, lost }).toEqual({ again: [redis.partitions.of(sid).partition], lost: [] })
+  expect((await placesOf(redis, sid)).ready).toBe(msOf(waiting!))
+})
