@@ -5,7 +5,7 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import { type Config, givenEnvironment, OperatorError, readConfig } from '../shared/config.js'
 import { createLog } from '../shared/log.js'
 import { createPool } from '../shared/postgres.js'
-import { askAtStart, connectRedis, mastersOf, type RedisClient, readPartitions } from '../shared/redis.js'
+import { askAtStart, connectRedis, everyMasterOf, type RedisClient, readPartitions } from '../shared/redis.js'
 import { requireReachable, requireSchema } from '../shared/schema.js'
 import { Erasure, type Outcome, type RunOptions, type Tally } from './erase/run.js'
 import { table } from './live-view.js'
@@ -102,7 +102,7 @@ function spoolOf(config: Config, data: string): string | undefined {
 /** It goes on in the background. One that is going on already may have begun too early: its end is waited for. */
 async function rewriteAof(redis: RedisClient, waitMs: number): Promise<void> {
   const deadline = Date.now() + waitMs
-  for (const node of mastersOf(redis)) {
+  for (const node of everyMasterOf(redis)) {
     for (let isBegun = false; !isBegun; ) {
       const refusal = await node.bgrewriteaof().then(
         () => undefined,

@@ -1,7 +1,7 @@
 /** The streams, for commands that read all of them (verify, replay): which there are, how far they go, and their entries, a page at a time. */
 import { compareIds } from '../shared/entry-ids.js'
 import { type CallPlace, GROUP, parseStreamKey, STREAM_PATTERN, sessionKey, streamKey } from '../shared/keys.js'
-import { mastersOf, type RedisClient } from '../shared/redis.js'
+import { everyMasterOf, type RedisClient } from '../shared/redis.js'
 import type { Entry } from '../sink/decode.js'
 
 /** Entries that are looked at together, and about how many bytes they may have. */
@@ -43,7 +43,7 @@ export interface Stretch<W extends Walk> {
 export async function* scanStreams(client: RedisClient, pageSize: number): AsyncGenerator<CallPlace[]> {
   const seen = new Set<string>()
   let page: CallPlace[] = []
-  for (const node of mastersOf(client)) {
+  for (const node of everyMasterOf(client)) {
     let cursor = '0'
     do {
       const [next, keys] = await node.scan(cursor, 'MATCH', STREAM_PATTERN, 'COUNT', SCAN_COUNT, 'TYPE', 'stream')

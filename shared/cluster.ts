@@ -1,6 +1,7 @@
 /** What a Redis Cluster wants that a single Redis does not. */
 import { setTimeout as sleep } from 'node:timers/promises'
 import { type Cluster, type ClusterOptions, Command, type Redis } from 'ioredis'
+import { OperatorError } from './config.js'
 import type { PartitionKeys } from './keys.js'
 import type { Lane } from './redis.js'
 
@@ -69,6 +70,20 @@ export class ClusterLane implements Lane {
     await this.cluster.exists(this.wake) // by way of its answer, MOVED, the client learns
     return this.connection()
   }
+}
+
+const SLOTS = 16_384
+
+/** @throws OperatorError when a server that has slots is not connected: what the others have would pass for all there is */
+export function everyMaster(cluster: Cluster): Redis[] {
+  const connected = new Map(cluster.nodes('master').map((master) => [addressOf(master), master]))
+  for (let slot = 0; slot < SLOTS; slot++) {
+    const address = cluster.slots[slot]?.[0]
+    if (address !== undefined && connected.has(address)) continue
+    const missing = address === undefined ? `no server of the Cluster has slot ${slot}` : `${address} does not answer`
+    throw new OperatorError(`REDIS_URL: ${missing}, and what is there cannot be seen`)
+  }
+  return [...connected.values()]
 }
 
 export const addressOf = ({ options }: Redis) => `${options.host}:${options.port}`

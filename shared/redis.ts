@@ -5,7 +5,7 @@
 import { createHash } from 'node:crypto'
 import { Cluster, Redis } from 'ioredis'
 import { backoffMs } from './backoff.js'
-import { addressOf, ClusterLane, FAILS_AT_ONCE, untilReady } from './cluster.js'
+import { addressOf, ClusterLane, everyMaster, FAILS_AT_ONCE, untilReady } from './cluster.js'
 import { isBug, OperatorError } from './config.js'
 import { PARTITIONS_KEY, type PartitionKeys, Partitions } from './keys.js'
 import { type Logger, reasonOf } from './log.js'
@@ -296,9 +296,13 @@ export function someOf<T>(results: PromiseSettledResult<T>[]): T[] {
   return values
 }
 
-/** The nodes that have the keys: of a single server, that one. */
+/** Those that are connected, of the nodes that have the keys: of a single server, that one. */
 export const mastersOf = (client: RedisClient): Redis[] =>
   client instanceof Cluster ? client.nodes('master') : [client]
+
+/** For whoever speaks of all keys. @throws OperatorError when a node that has some is not connected */
+export const everyMasterOf = (client: RedisClient): Redis[] =>
+  client instanceof Cluster ? everyMaster(client) : [client]
 
 export function isNoScript(error: unknown): boolean {
   return error instanceof Error && error.message.startsWith('NOSCRIPT')

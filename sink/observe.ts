@@ -1,7 +1,7 @@
 /** What is asked at each scrape of a sink: everything else has been counted when it happened. */
 import type { SinkMetrics } from '../shared/metrics.js'
 import type { Pool } from '../shared/postgres.js'
-import { mastersOf, type RedisClient } from '../shared/redis.js'
+import { everyMasterOf, type RedisClient } from '../shared/redis.js'
 import { type Backlog, inTime } from './backlog.js'
 import type { Gate } from './gate.js'
 
@@ -47,10 +47,9 @@ function forgetBacklog({ shared }: SinkMetrics): void {
 
 /** @throws when one master cannot be asked: the sum of the others would pass for all of it */
 async function observeMemory(redis: RedisClient, { shared }: SinkMetrics): Promise<void> {
-  const infos = await inTime(Promise.all(mastersOf(redis).map((node) => node.info('memory'))))
+  const infos = await inTime(Promise.all(everyMasterOf(redis).map((node) => node.info('memory'))))
   const used = infos.map((info) => figureOf(info, 'used_memory'))
   const limits = infos.map((info) => figureOf(info, 'maxmemory'))
-  if (infos.length === 0) throw new Error('Redis: there is no master')
   shared.redisMemory.set(used.reduce((sum, bytes) => sum + bytes, 0))
   shared.redisMaxMemory.set(limits.includes(0) ? 0 : limits.reduce((sum, bytes) => sum + bytes, 0))
 }

@@ -13,7 +13,7 @@ import {
   sessionKey,
   streamKey,
 } from '../shared/keys.js'
-import { type Lane, lanesOf, mastersOf, type RedisClient, Script } from '../shared/redis.js'
+import { everyMasterOf, type Lane, lanesOf, type RedisClient, Script } from '../shared/redis.js'
 
 /** The label `kind` of calltape_sink_orphan_streams. */
 export const ORPHAN_KINDS = [
@@ -86,7 +86,7 @@ export class OrphanSearch {
    * @throws Redis' errors
    */
   async *run(signal?: AbortSignal): AsyncGenerator<Orphan> {
-    const masters = mastersOf(this.redis)
+    const masters = everyMasterOf(this.redis)
     const sizes = await Promise.all(masters.map((node) => node.dbsize()))
     this.measureEvery = Math.ceil(sizes.reduce((sum, n) => sum + n, 1) / MEASURED_KEYS)
     const suspects = new Map<string, FoundKey>()

@@ -3,7 +3,7 @@ import { setImmediate as breathe } from 'node:timers/promises'
 import type { Redis } from 'ioredis'
 import { OperatorError } from '../../shared/config.js'
 import type { Logger } from '../../shared/log.js'
-import { connectRedis, mastersOf, type RedisClient } from '../../shared/redis.js'
+import { connectRedis, everyMasterOf, type RedisClient } from '../../shared/redis.js'
 import type { RedisTls } from '../../shared/redis-tls.js'
 
 /** How many keys SCAN looks at in one go. */
@@ -49,7 +49,7 @@ export class Source {
 
   /** Every key that is there from the beginning to the end; others perhaps; any more than once. In pages. */
   async *scan(): AsyncGenerator<SourceKey[]> {
-    for (const node of mastersOf(this.client)) {
+    for (const node of everyMasterOf(this.client)) {
       let cursor = '0'
       do {
         const [next, keys] = await node.scan(cursor, 'MATCH', this.pattern, 'COUNT', SCAN_COUNT)

@@ -7,6 +7,7 @@ import { PARTITIONS_KEY, Partitions } from '../../shared/keys.js'
 import { startSink } from '../../sink/sink.js'
 import { testIngest, Wire } from '../support/ingest.js'
 import { figure } from '../support/metrics.js'
+import { calltape } from '../support/program.js'
 import { freshDatabase, log, until } from '../support/stores.js'
 import { turn } from '../support/streams.js'
 import { TestCluster } from '../support/test-cluster.js'
@@ -93,6 +94,14 @@ for (const way of WAYS) {
       const answer = await fetch(`${ingest.url}/readyz`)
       return answer.status === 200 && JSON.stringify(await answer.json()).includes('waiting')
     })
+
+    if (way === 'is_down') {
+      const { code, out, err } = await calltape(['verify'], environment)
+      expect({ code, out, err }, 'what cannot be seen does not count as whole').toEqual({
+        ...{ code: 2, out: '' },
+        err: expect.stringMatching(`^calltape: REDIS_URL: .*:${dead} does not answer`),
+      })
+    }
 
     if (way === 'is_down') await cluster.restore()
     else await cluster.server(dead!).signal('SIGCONT')
