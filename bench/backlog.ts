@@ -4,8 +4,9 @@
  */
 import { lanesOf, openPartitions } from '../shared/redis.js'
 import type { Bench } from './context.js'
+import type { Round } from './end-to-end.js'
 import { type Load, makeLoad } from './load.js'
-import { Meter, type Usage } from './machine.js'
+import { measure } from './machine.js'
 import { pidsOf, type Running, startServices, storePids } from './processes.js'
 import { untilFinalized, verify } from './verify.js'
 
@@ -14,10 +15,7 @@ const PARTITIONS = 64
 /** So many turns warm up a sink. */
 const WARM_UP_CALLS = 100
 
-export interface Drained {
-  turnsPerSecond: number
-  usage: Usage
-  verifiedRows: number
+export interface Drained extends Round {
   load: Load
 }
 
@@ -53,14 +51,12 @@ export class Drain {
     await this.requireNothingStored()
 
     bench.progress.step('draining', calls)
-    const meter = new Meter({ ...storePids(bench), sink: pidsOf(sinks) })
-    const began = performance.now()
-    await this.handOver()
-    await untilFinalized(bench, load)
-    const seconds = (performance.now() - began) / 1000
-    const usage = meter.stop(load.turns)
-    const verifiedRows = await verify(bench, load)
-    return { turnsPerSecond: load.turns / seconds, usage, verifiedRows, load }
+    const pids = { ...storePids(bench), sink: pidsOf(sinks) }
+    const speed = await measure(pids, load.turns, async () => {
+      await this.handOver()
+      await untilFinalized(bench, load)
+    })
+    return { ...speed, verifiedRows: await verify(bench, load), load }
   }
 
   async stop(): Promise<void> {

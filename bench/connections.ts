@@ -36,7 +36,8 @@ export async function connections(bench: Bench): Promise<void> {
     if (new Set(found).size !== count) throw new Error(`${found.length} calls of ${count} connections`)
     bench.progress.say(`${count} connections: ${Math.round(bytesEach)} bytes each in ingest`)
     bench.rows.push({
-      ...{ scenario: `${count.toLocaleString('en-US')} WebSockets, a call each`, verifiedRows: found.length },
+      scenario: `${count.toLocaleString('en-US')} WebSockets, a call each`,
+      verifiedRows: found.length,
       figures: [figure('an idle one in ingest (resident)', bytesEach, 'bytes'), figure('in Redis', redisEach, 'bytes')],
     })
   } finally {

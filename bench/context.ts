@@ -50,7 +50,7 @@ const BENCH_SETTINGS = {
 export class Bench {
   readonly rows: Row[] = []
   /** What the targets are about. */
-  readonly measured: Measured = {}
+  readonly measured: Measured = { peerMicros: {} }
   /** Figures that are no rows, for the JSON. */
   readonly extra: Record<string, unknown> = {}
   /** What is to be printed besides the table. */

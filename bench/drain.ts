@@ -45,7 +45,10 @@ export async function drain(bench: Bench): Promise<void> {
   bench.measured.drainToCopy = turnsPerSecond / copied
   bench.rows.push(
     {
-      ...{ scenario: `drain, ${calls} × ${turns}`, turnsPerSecond, usage, verifiedRows },
+      scenario: `drain, ${calls} × ${turns}`,
+      turnsPerSecond,
+      usage,
+      verifiedRows,
       figures: [
         figure('÷ plain COPY', turnsPerSecond / copied, ''),
         figure('÷ COPY of text encoded beforehand', turnsPerSecond / text, ''),
@@ -76,8 +79,10 @@ export async function sinks(bench: Bench): Promise<void> {
     bench.progress.say(`${count} sinks: ${Math.round(turnsPerSecond)} turns/s, ${ratio.toFixed(2)} times one`)
     if (count === 2) Object.assign(bench.measured, { twoSinksToOne: ratio, twoSinksSaturated: saturated(usage) })
     bench.rows.push({
-      ...{ scenario: `drain with ${count} ${count === 1 ? 'sink' : 'sinks'}, ${calls} × ${turns}`, turnsPerSecond },
-      ...{ usage, verifiedRows },
+      scenario: `drain with ${count} ${count === 1 ? 'sink' : 'sinks'}, ${calls} × ${turns}`,
+      turnsPerSecond,
+      usage,
+      verifiedRows,
       figures: [figure('÷ one sink', ratio, '')],
     })
   }

@@ -1,16 +1,18 @@
 /** From the WebSocket to COMMIT, at full speed. */
 import type { Bench } from './context.js'
 import { makeLoad } from './load.js'
-import { Meter, pipelineMicros, type Usage } from './machine.js'
+import { measure, pipelineMicros, type Speed } from './machine.js'
 import { type Pipeline, startPipeline } from './processes.js'
 import { figure, type Row } from './report.js'
 import { untilFinalized, verify } from './verify.js'
 
-export interface Round {
-  turnsPerSecond: number
-  ackedPerSecond: number
-  usage: Usage
+/** Of a scenario at full speed. */
+export interface Round extends Speed {
   verifiedRows: number
+}
+
+interface PipelineRound extends Round {
+  ackedPerSecond: number
 }
 
 /** The middle one by `by`. */
@@ -19,36 +21,30 @@ export function median<T>(rounds: T[], by: (round: T) => number): T {
 }
 
 /** Sent until finalized; then all rows are compared. */
-export async function playRound(bench: Bench, pipeline: Pipeline, calls: number, textBytes?: number): Promise<Round> {
+async function playRound(bench: Bench, pipeline: Pipeline, calls: number, textBytes?: number): Promise<PipelineRound> {
   const { turns } = bench.options
   const load = makeLoad(calls, turns, textBytes)
   bench.progress.step('sending', calls * (turns + 2))
-  const meter = new Meter(pipeline.pids)
-  const began = performance.now()
-  await load.send(pipeline.urls, (events) => bench.progress.at(events))
-  const acked = performance.now()
-  bench.progress.step('waiting until all calls are final', calls)
-  await untilFinalized(bench, load)
-  const finalized = performance.now()
-  const usage = meter.stop(load.turns)
-  const a = (ms: number) => load.turns / (ms / 1000)
-  return {
-    turnsPerSecond: a(finalized - began),
-    ackedPerSecond: a(acked - began),
-    usage,
-    verifiedRows: await verify(bench, load),
-  }
+  let ackedMs = 0
+  const speed = await measure(pipeline.pids, load.turns, async () => {
+    const began = performance.now()
+    await load.send(pipeline.urls, (events) => bench.progress.at(events))
+    ackedMs = performance.now() - began
+    bench.progress.step('waiting until all calls are final', calls)
+    await untilFinalized(bench, load)
+  })
+  return { ...speed, ackedPerSecond: load.turns / (ackedMs / 1000), verifiedRows: await verify(bench, load) }
 }
 
 /** Of a round's calls: what runs for the first time is slow, and no service is young for long. */
 export const WARM_UP_SHARE = 0.2
 
 /** Rounds on fresh stores; the median by rate, as a row. */
-export async function playRounds(bench: Bench, scenario: string, calls: number, textBytes?: number): Promise<Row> {
+async function playRounds(bench: Bench, scenario: string, calls: number, textBytes?: number): Promise<Row> {
   const { rounds, turns } = bench.options
   await bench.reset()
   const pipeline = await startPipeline(bench)
-  const played: Round[] = []
+  const played: PipelineRound[] = []
   try {
     await playRound(bench, pipeline, Math.ceil(calls * WARM_UP_SHARE), textBytes)
     for (let round = 1; round <= rounds; round++) {

@@ -1,17 +1,11 @@
 /** What more ingests bring: sent until acked, with no sink; one drains it afterwards, so that all rows can be compared. */
 import type { Bench } from './context.js'
-import { median, WARM_UP_SHARE } from './end-to-end.js'
+import { median, type Round, WARM_UP_SHARE } from './end-to-end.js'
 import { makeLoad } from './load.js'
-import { Meter, type Usage } from './machine.js'
+import { measure } from './machine.js'
 import { pidsOf, startServices, storePids } from './processes.js'
 import { figure } from './report.js'
 import { untilFinalized, verify } from './verify.js'
-
-interface Round {
-  turnsPerSecond: number
-  usage: Usage
-  verifiedRows: number
-}
 
 export async function ingests(bench: Bench): Promise<void> {
   const { calls, turns, rounds, quick } = bench.options
@@ -24,8 +18,10 @@ export async function ingests(bench: Bench): Promise<void> {
     one ??= turnsPerSecond
     bench.progress.say(`${count} ingests: ${Math.round(turnsPerSecond)} acked turns/s`)
     bench.rows.push({
-      ...{ scenario: `acked by ${count} ${count === 1 ? 'ingest' : 'ingests'}, ${calls} × ${turns}`, turnsPerSecond },
-      ...{ usage, verifiedRows },
+      scenario: `acked by ${count} ${count === 1 ? 'ingest' : 'ingests'}, ${calls} × ${turns}`,
+      turnsPerSecond,
+      usage,
+      verifiedRows,
       figures: [figure('÷ one ingest', turnsPerSecond / one, '')],
     })
   }
@@ -40,16 +36,14 @@ async function acceptRound(bench: Bench, count: number): Promise<Round> {
   const warmUp = makeLoad(Math.ceil(calls * WARM_UP_SHARE), turns)
   await warmUp.send(urls)
   bench.progress.step(`sending to ${count}`, load.turns)
-  const meter = new Meter({ ...storePids(bench), ingest: pidsOf(ingests) })
-  const began = performance.now()
-  await load.send(urls, (events) => bench.progress.at(events))
-  const turnsPerSecond = load.turns / ((performance.now() - began) / 1000)
-  const usage = meter.stop(load.turns)
+  const speed = await measure({ ...storePids(bench), ingest: pidsOf(ingests) }, load.turns, () =>
+    load.send(urls, (events) => bench.progress.at(events)),
+  )
   await Promise.all(ingests.map((ingest) => ingest.stop()))
   const [sink] = await startServices(bench, 'sink')
   bench.progress.step('waiting until all calls are final', calls)
   await untilFinalized(bench, load)
   const verifiedRows = await verify(bench, load)
   await sink!.stop()
-  return { turnsPerSecond, usage, verifiedRows }
+  return { ...speed, verifiedRows }
 }

@@ -1,9 +1,11 @@
 /** How long a turn takes from sending to COMMIT, at rates that leave room. */
+
+import type { Client } from '../client/client.js'
 import type { Bench } from './context.js'
 import { fullSpeed } from './end-to-end.js'
 import { closeAll, connectAll, OpenCalls } from './load.js'
-import { Meter } from './machine.js'
-import { startPipeline } from './processes.js'
+import { Meter, type Usage } from './machine.js'
+import { type Pipeline, startPipeline } from './processes.js'
 import { readLatency, verifyOpen } from './verify.js'
 
 const RATES = [1000, 5000]
@@ -26,14 +28,7 @@ async function latencyAt(bench: Bench, rate: number, note: string): Promise<void
     const warmUp = rate * Math.min(seconds, WARM_UP_SECONDS)
     await new OpenCalls(bench.options.calls).talk(clients, rate, (sent) => sent >= warmUp)
     const open = new OpenCalls(bench.options.calls)
-    const total = rate * seconds
-    bench.progress.step(`sending ${rate}/s`, total)
-    const meter = new Meter(pipeline.pids)
-    const sent = await open.talk(clients, rate, (turns) => {
-      bench.progress.at(turns)
-      return turns >= total
-    })
-    const usage = meter.stop(sent)
+    const usage = await talkAt(bench, pipeline, open, clients, rate)
     await closeAll(clients)
     const latencyMs = await readLatency(bench, open)
     const verifiedRows = await verifyOpen(bench, open)
@@ -45,4 +40,22 @@ async function latencyAt(bench: Bench, rate: number, note: string): Promise<void
   } finally {
     await pipeline.stop()
   }
+}
+
+/** Sends evenly, for as long as the bench was told to. @returns what that cost */
+export async function talkAt(
+  bench: Bench,
+  { pids }: Pipeline,
+  open: OpenCalls,
+  clients: Client[],
+  rate: number,
+): Promise<Usage> {
+  const total = rate * bench.options.seconds
+  bench.progress.step(`sending ${rate}/s`, total)
+  const meter = new Meter(pids)
+  const sent = await open.talk(clients, rate, (turns) => {
+    bench.progress.at(turns)
+    return turns >= total
+  })
+  return meter.stop(sent)
 }

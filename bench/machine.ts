@@ -172,6 +172,20 @@ export class Meter {
   }
 }
 
+export interface Speed {
+  turnsPerSecond: number
+  usage: Usage
+}
+
+/** How fast `work` does so many turns, and what it costs. */
+export async function measure(pids: Pids, turns: number, work: () => Promise<void>): Promise<Speed> {
+  const meter = new Meter(pids)
+  const began = performance.now()
+  await work()
+  const seconds = (performance.now() - began) / 1000
+  return { turnsPerSecond: turns / seconds, usage: meter.stop(turns) }
+}
+
 /** CPU µs a turn over all processes but the load generator. */
 export function pipelineMicros({ cpuMicros }: Usage): number {
   return Object.entries(cpuMicros).reduce((sum, [name, micros]) => sum + (name === 'client' ? 0 : micros), 0)

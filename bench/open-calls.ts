@@ -1,7 +1,10 @@
 /** Many calls open at once: what a turn costs and how long it takes must not feel their number; and what an idle one takes. */
+
+import type { Client } from '../client/client.js'
 import type { Bench } from './context.js'
+import { talkAt } from './latency.js'
 import { closeAll, connectAll, OpenCalls } from './load.js'
-import { Meter, pipelineMicros, residentMiB, type Usage } from './machine.js'
+import { measure, pipelineMicros, residentMiB, type Speed } from './machine.js'
 import { type Pipeline, startPipeline } from './processes.js'
 import { figure } from './report.js'
 import { readSlowCommands, watchSlowCommands } from './slow-commands.js'
@@ -17,7 +20,7 @@ export async function openCalls(bench: Bench): Promise<void> {
     await bench.reset()
     const pipeline = await startPipeline(bench)
     try {
-      micros.set(calls, await measure(bench, pipeline, calls))
+      micros.set(calls, await runWith(bench, pipeline, calls))
     } finally {
       await pipeline.stop()
     }
@@ -27,7 +30,7 @@ export async function openCalls(bench: Bench): Promise<void> {
 }
 
 /** @returns CPU µs a turn, over all processes, at the fixed rate */
-async function measure(bench: Bench, pipeline: Pipeline, calls: number): Promise<number> {
+async function runWith(bench: Bench, pipeline: Pipeline, calls: number): Promise<number> {
   const clients = await connectAll(pipeline.urls)
   const warmUp = new OpenCalls(Math.min(calls, WARM_UP_CALLS))
   await warmUp.fill(clients, TURNS_EACH, () => {})
@@ -43,14 +46,7 @@ async function measure(bench: Bench, pipeline: Pipeline, calls: number): Promise
   const { client } = bench.stores
   await bench.untilRewritten() // what filling has set off is not what an open call costs
   await watchSlowCommands(client)
-  const total = TURNS_PER_SECOND * bench.options.seconds
-  bench.progress.step(`sending ${TURNS_PER_SECOND}/s`, total)
-  const meter = new Meter(pipeline.pids)
-  const sent = await open.talk(clients, TURNS_PER_SECOND, (turns) => {
-    bench.progress.at(turns)
-    return turns >= total
-  })
-  const usage = meter.stop(sent)
+  const usage = await talkAt(bench, pipeline, open, clients, TURNS_PER_SECOND)
   const slow = await readSlowCommands(client)
   await closeAll(clients)
   const latencyMs = await readLatency(bench, open)
@@ -60,8 +56,11 @@ async function measure(bench: Bench, pipeline: Pipeline, calls: number): Promise
   bench.rows.push(
     { scenario: `${scenario}, opened with ${TURNS_EACH} turns each`, ...filling, verifiedRows },
     {
-      ...{ scenario: `${scenario}, ${TURNS_PER_SECOND} turns/s`, turnsPerSecond: TURNS_PER_SECOND },
-      ...{ latencyMs, usage, verifiedRows },
+      scenario: `${scenario}, ${TURNS_PER_SECOND} turns/s`,
+      turnsPerSecond: TURNS_PER_SECOND,
+      latencyMs,
+      usage,
+      verifiedRows,
       figures: [
         figure('an idle one in Redis', grown - text, 'bytes'),
         figure('and its text', text, 'bytes'),
@@ -74,20 +73,13 @@ async function measure(bench: Bench, pipeline: Pipeline, calls: number): Promise
 }
 
 /** Opens them at full speed. */
-async function fill(
-  bench: Bench,
-  pipeline: Pipeline,
-  open: OpenCalls,
-  clients: Awaited<ReturnType<typeof connectAll>>,
-): Promise<{ turnsPerSecond: number; usage: Usage }> {
+async function fill(bench: Bench, pipeline: Pipeline, open: OpenCalls, clients: Client[]): Promise<Speed> {
   bench.progress.step('opening the calls', open.calls * (TURNS_EACH + 1))
-  const meter = new Meter(pipeline.pids)
-  const began = performance.now()
-  await open.fill(clients, TURNS_EACH, (sent) => bench.progress.at(sent))
-  bench.progress.step('waiting until all is stored', open.turns)
-  await untilStored(bench, open.run.prefix, open.turns)
-  const seconds = (performance.now() - began) / 1000
-  return { turnsPerSecond: open.turns / seconds, usage: meter.stop(open.turns) }
+  return measure(pipeline.pids, open.calls * TURNS_EACH, async () => {
+    await open.fill(clients, TURNS_EACH, (sent) => bench.progress.at(sent))
+    bench.progress.step('waiting until all is stored', open.turns)
+    await untilStored(bench, open.run.prefix, open.turns)
+  })
 }
 
 /** What is in Redis takes so much. */

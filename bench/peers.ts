@@ -2,64 +2,66 @@
 import { compareCall, type ExpectedCall, type TurnRow } from '../cli/compare.js'
 import { createPool, type Pool } from '../shared/postgres.js'
 import type { Bench } from './context.js'
-import { fullSpeed, median, WARM_UP_SHARE } from './end-to-end.js'
+import { fullSpeed, median, type Round, WARM_UP_SHARE } from './end-to-end.js'
 import { type Load, makeLoad } from './load.js'
-import { Meter, pipelineMicros, type Usage } from './machine.js'
+import { measure, pipelineMicros } from './machine.js'
 import { startProgram, storePids } from './processes.js'
 import { figure } from './report.js'
+import type { PeerName } from './targets.js'
 import { untilFinalized, verify } from './verify.js'
 
 export interface Peer {
   /** In bench/peers/. */
-  name: string
+  name: PeerName
   /** In the table. */
   title: string
   about: string
   /** Of the calls that calltape gets: the slow ones would take minutes, and CPU a turn is the same. */
   share: number
   hasWorker: boolean
-  /** Where its figure goes. */
-  measure: 'legacyMicros' | 'insertMicros' | 'batchedInsertMicros' | 'plainLoopMicros' | 'bullmqMicros'
 }
 
 export const PEERS: Peer[] = [
   {
-    ...{ name: 'legacy', title: 'legacy way', share: 0.1, hasWorker: false, measure: 'legacyMicros' },
+    name: 'legacy',
+    title: 'legacy way',
     about: 'GET, change, SET of a JSON blob a turn, one row at the end',
+    share: 0.1,
+    hasWorker: false,
   },
   {
-    ...{ name: 'insert', title: 'INSERT a turn', share: 0.1, hasWorker: false, measure: 'insertMicros' },
+    name: 'insert',
+    title: 'INSERT a turn',
     about: 'an INSERT a turn from the WebSocket server',
+    share: 0.1,
+    hasWorker: false,
   },
   {
-    ...{
-      name: 'batched-insert',
-      title: 'batched INSERT',
-      share: 0.5,
-      hasWorker: false,
-      measure: 'batchedInsertMicros',
-    },
+    name: 'batched-insert',
+    title: 'batched INSERT',
     about: 'INSERTs of what arrived meanwhile from the WebSocket server',
+    share: 0.5,
+    hasWorker: false,
   },
   {
-    ...{ name: 'plain-loop', title: 'plain loop', share: 0.5, hasWorker: true, measure: 'plainLoopMicros' },
+    name: 'plain-loop',
+    title: 'plain loop',
     about: 'a plain ioredis loop: XADD, XREADGROUP, INSERT of many rows, XACK',
+    share: 0.5,
+    hasWorker: true,
   },
   {
-    ...{ name: 'bullmq', title: 'BullMQ', share: 0.1, hasWorker: true, measure: 'bullmqMicros' },
+    name: 'bullmq',
+    title: 'BullMQ',
     about: 'BullMQ and a worker that writes what it holds together',
+    share: 0.1,
+    hasWorker: true,
   },
 ]
 
 const SCHEMA = 'peer'
 const PROGRAM = 'dist/bench/peers/peer.js'
 const FEWEST_CALLS = 10
-
-interface Round {
-  turnsPerSecond: number
-  usage: Usage
-  verifiedRows: number
-}
 
 export async function runPeer(bench: Bench, peer: Peer): Promise<void> {
   const { rounds, turns } = bench.options
@@ -80,10 +82,13 @@ export async function runPeer(bench: Bench, peer: Peer): Promise<void> {
   }
   const { turnsPerSecond, usage, verifiedRows } = median(played, (round) => pipelineMicros(round.usage))
   const micros = pipelineMicros(usage)
-  bench.measured[peer.measure] = micros
+  bench.measured.peerMicros[peer.name] = micros
   bench.progress.say(`${peer.title}: ${micros.toFixed(1)} µs a turn, ${(micros / own).toFixed(1)} times calltape's`)
   bench.rows.push({
-    ...{ scenario: `peer: ${peer.title}, ${calls} × ${turns}`, turnsPerSecond, usage, verifiedRows },
+    scenario: `peer: ${peer.title}, ${calls} × ${turns}`,
+    turnsPerSecond,
+    usage,
+    verifiedRows,
     figures: [figure("CPU a turn ÷ calltape's", micros / own, '×')],
   })
 }
@@ -118,15 +123,13 @@ async function startPeer(bench: Bench, { name, hasWorker }: Peer) {
 async function playRound(bench: Bench, pool: Pool, peer: Peer, started: StartedPeer, calls: number): Promise<Round> {
   const load = makeLoad(calls, bench.options.turns)
   bench.progress.step('sending', load.turns)
-  const meter = new Meter(started.pids)
-  const began = performance.now()
-  await load.send(started.urls, (events) => bench.progress.at(events))
-  bench.progress.step('waiting until all is stored', calls)
-  await untilFinalized(bench, load, pool)
-  const turnsPerSecond = load.turns / ((performance.now() - began) / 1000)
-  const usage = meter.stop(load.turns)
+  const speed = await measure(started.pids, load.turns, async () => {
+    await load.send(started.urls, (events) => bench.progress.at(events))
+    bench.progress.step('waiting until all is stored', calls)
+    await untilFinalized(bench, load, pool)
+  })
   const verifiedRows = peer.name === 'legacy' ? await verifyTranscripts(pool, load) : await verify(bench, load, pool)
-  return { turnsPerSecond, usage, verifiedRows }
+  return { ...speed, verifiedRows }
 }
 
 /** The legacy way has no row for a turn: its transcripts are compared, turn by turn. @returns how many turns were compared */
@@ -149,7 +152,9 @@ async function transcriptOf(pool: Pool, { callSid, turns }: ExpectedCall): Promi
   return (rows[0]?.full_transcript ?? []).map(({ speaker, text, timestamp }, seq) => ({
     // What the blob does not keep is taken for right; its order is the sequence.
     ...(turns.get(seq) ?? { turn_id: '', language: null, confidence: null, interrupted: null }),
-    ...{ seq, text, spoken_at: Date.parse(`${timestamp}Z`) },
+    seq,
+    text,
+    spoken_at: Date.parse(`${timestamp}Z`),
     speaker: speaker === 'user' ? 'customer' : 'agent',
   }))
 }

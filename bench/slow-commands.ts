@@ -1,9 +1,9 @@
 /** Redis' slow log: how many commands kept all others waiting, and which was the worst. */
-import { createHash } from 'node:crypto'
 import { readdirSync } from 'node:fs'
 import { join } from 'node:path'
 import type { Redis } from 'ioredis'
-import { PACKAGE_ROOT, readPackageFile } from '../shared/package-root.js'
+import { PACKAGE_ROOT } from '../shared/package-root.js'
+import { Script } from '../shared/redis.js'
 import { type Figure, figure } from './report.js'
 
 const SLOW_MICROS = 10_000
@@ -33,6 +33,5 @@ function nameOf([command = '', sha = '']: string[]): string {
   const files = SCRIPT_FOLDERS.flatMap((folder) =>
     readdirSync(join(PACKAGE_ROOT, folder)).flatMap((name) => (name.endsWith('.lua') ? `${folder}/${name}` : [])),
   )
-  const hashOf = (file: string) => createHash('sha1').update(readPackageFile(file)).digest('hex')
-  return files.find((file) => hashOf(file) === sha) ?? 'a script'
+  return files.find((file) => new Script(file).sha === sha) ?? 'a script'
 }

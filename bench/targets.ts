@@ -2,6 +2,8 @@
 import { table } from '../cli/live-view.js'
 import { shown } from './report.js'
 
+export type PeerName = 'legacy' | 'insert' | 'batched-insert' | 'plain-loop' | 'bullmq'
+
 /** By this run; absent: it has not measured that. Rates in turns/s, times in ms, CPU in µs a turn. */
 export interface Measured {
   drainToCopy?: number | undefined
@@ -9,11 +11,7 @@ export interface Measured {
   endToEndMicros?: number | undefined
   latencyP50?: number | undefined
   latencyP99?: number | undefined
-  legacyMicros?: number | undefined
-  insertMicros?: number | undefined
-  batchedInsertMicros?: number | undefined
-  plainLoopMicros?: number | undefined
-  bullmqMicros?: number | undefined
+  peerMicros: Partial<Record<PeerName, number>>
   /** CPU at the same rate, and at full speed. */
   micros100k?: number | undefined
   micros1k?: number | undefined
@@ -36,47 +34,39 @@ interface Target {
 const ratio = (over: number | undefined, under: number | undefined) =>
   over === undefined || under === undefined ? undefined : over / under
 
-const lessCpu = (peer: string, than: number, micros: (m: Measured) => number | undefined): Target => ({
-  ...{ what: `CPU a turn: ${peer} ÷ end to end`, sense: 'at least', than, unit: '×' },
-  measured: (m) => ratio(micros(m), m.endToEndMicros),
+type Figure = Target['measured']
+
+const atLeast = (than: number, unit: string, what: string, measured: Figure): Target => ({
+  what,
+  sense: 'at least',
+  than,
+  unit,
+  measured,
 })
+const atMost = (than: number, unit: string, what: string, measured: Figure): Target => ({
+  what,
+  sense: 'at most',
+  than,
+  unit,
+  measured,
+})
+const lessCpu = (than: number, peer: PeerName, title: string) =>
+  atLeast(than, '×', `CPU a turn: ${title} ÷ end to end`, (m) => ratio(m.peerMicros[peer], m.endToEndMicros))
 
 const TARGETS: Target[] = [
+  atLeast(0.85, '', 'backlog drain ÷ plain COPY of the same rows', (m) => m.drainToCopy),
+  atLeast(45_000, 'turns/s', 'end to end, committed and finalized', (m) => m.endToEndTurns),
+  atMost(35, 'µs/turn', 'end to end, CPU over all processes', (m) => m.endToEndMicros),
+  atMost(5, 'ms', 'sent to committed at 5,000/s, p50', (m) => m.latencyP50),
+  atMost(25, 'ms', 'sent to committed at 5,000/s, p99', (m) => m.latencyP99),
+  lessCpu(10, 'legacy', 'the legacy way'),
+  lessCpu(8, 'insert', 'INSERT a turn'),
+  lessCpu(3, 'plain-loop', 'plain XADD/XREADGROUP loop'),
+  lessCpu(8, 'bullmq', 'BullMQ'),
+  atMost(1.25, '×', 'CPU an event: 100,000 open calls ÷ 1,000', (m) => ratio(m.micros100k, m.micros1k)),
+  atMost(6144, 'bytes', 'Redis for an idle open call, 20 turns, text apart', (m) => m.bytesAnOpenCall),
   {
-    ...{ what: 'backlog drain ÷ plain COPY of the same rows', sense: 'at least', than: 0.85, unit: '' },
-    measured: (m) => m.drainToCopy,
-  },
-  {
-    ...{ what: 'end to end, committed and finalized', sense: 'at least', than: 45_000, unit: 'turns/s' },
-    measured: (m) => m.endToEndTurns,
-  },
-  {
-    ...{ what: 'end to end, CPU over all processes', sense: 'at most', than: 35, unit: 'µs/turn' },
-    measured: (m) => m.endToEndMicros,
-  },
-  {
-    ...{ what: 'sent to committed at 5,000/s, p50', sense: 'at most', than: 5, unit: 'ms' },
-    measured: (m) => m.latencyP50,
-  },
-  {
-    ...{ what: 'sent to committed at 5,000/s, p99', sense: 'at most', than: 25, unit: 'ms' },
-    measured: (m) => m.latencyP99,
-  },
-  lessCpu('the legacy way', 10, (m) => m.legacyMicros),
-  lessCpu('INSERT a turn', 8, (m) => m.insertMicros),
-  lessCpu('plain XADD/XREADGROUP loop', 3, (m) => m.plainLoopMicros),
-  lessCpu('BullMQ', 8, (m) => m.bullmqMicros),
-  {
-    ...{ what: 'CPU an event: 100,000 open calls ÷ 1,000', sense: 'at most', than: 1.25, unit: '×' },
-    measured: (m) => ratio(m.micros100k, m.micros1k),
-  },
-  {
-    ...{ what: 'Redis for an idle open call, 20 turns, text apart', sense: 'at most', than: 6144, unit: 'bytes' },
-    measured: (m) => m.bytesAnOpenCall,
-  },
-  {
-    ...{ what: 'drain with two sinks ÷ with one', sense: 'at least', than: 1.7, unit: '×' },
-    measured: (m) => m.twoSinksToOne,
+    ...atLeast(1.7, '×', 'drain with two sinks ÷ with one', (m) => m.twoSinksToOne),
     note: (m) => m.twoSinksSaturated && `saturated: ${m.twoSinksSaturated}`,
   },
 ]

@@ -2,7 +2,7 @@
 import { Cluster, type Redis } from 'ioredis'
 import { OperatorError } from '../shared/config.js'
 import type { Logger } from '../shared/log.js'
-import { mastersOf, type RedisClient } from '../shared/redis.js'
+import { mastersOf, type RedisClient, someOf } from '../shared/redis.js'
 
 /** Longer than everysec's second, and than a replica's hiccup; then the append counts as failed and is sent again. */
 const WAIT_MS = 3000
@@ -51,10 +51,9 @@ async function eachMaster<T>(
   check: (master: Redis) => Promise<T>,
 ): Promise<T[]> {
   const results = await Promise.allSettled(mastersOf(client).map(check))
-  const able = results.flatMap((result) => (result.status === 'fulfilled' ? [result.value] : []))
+  const able = someOf(results)
   for (const result of results) {
-    if (result.status !== 'rejected') continue
-    if (able.length === 0) throw result.reason
+    if (result.status === 'fulfilled') continue
     log.warn({ err: result.reason, durability }, 'a master of the Cluster cannot give this now: its events wait')
   }
   return able

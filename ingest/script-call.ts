@@ -47,7 +47,7 @@ export class ScriptCall {
     this.bulk(typeof arg === 'number' ? String(arg) : arg)
   }
 
-  /** @throws NOSCRIPT and all else that `Script.runLoaded` throws */
+  /** @throws Redis' errors; NOSCRIPT (`isNoScript`) where the server does not know the script: then `load` it */
   run(connection: Redis, { sha }: Pick<Script, 'sha'>): Promise<unknown> {
     const keys = String(this.keys)
     const head = `*${3 + this.keys + this.args}\r\n$7\r\nEVALSHA\r\n$${sha.length}\r\n${sha}\r\n$${keys.length}\r\n${keys}\r\n`

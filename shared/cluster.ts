@@ -43,7 +43,6 @@ export async function untilReady(client: Cluster): Promise<void> {
 export class ClusterLane implements Lane {
   readonly partitions: readonly PartitionKeys[]
   readonly wake: string
-  readonly isAlone = false
   private readonly slot: number
 
   constructor(

@@ -213,8 +213,6 @@ export interface Lane {
   readonly partitions: readonly PartitionKeys[]
   /** Sinks sleep on this channel. It is the name of no key: see `Script`. */
   readonly wake: string
-  /** There is no other: a single Redis. */
-  readonly isAlone: boolean
   /**
    * The connection to the server that has them, as far as is known. What is sent there is not redirected and not sent again:
    * it keeps its order, and what is sent behind it (WAIT) goes the same way. It fails when they have moved; then `find`.
@@ -235,7 +233,6 @@ export function lanesOf(client: RedisClient, partitions: Partitions): Lane[] {
     {
       partitions: partitions.all,
       wake,
-      isAlone: true,
       connection: () => client,
       knownServer: () => client,
       find: async () => client,
@@ -263,22 +260,14 @@ export class Script {
   /** Runs it; a server that does not know it yet (new, restarted, failed over) is told its source. */
   async run(client: RedisClient, keys: string[], args: (string | number)[]): Promise<unknown> {
     try {
-      return await this.runLoaded(client, keys, args)
+      return await client.evalsha(this.sha, keys.length, ...keys, ...args)
     } catch (error) {
       if (!isNoScript(error)) throw error
       return await client.eval(this.source, keys.length, ...keys, ...args)
     }
   }
 
-  /**
-   * Runs it if the server knows it. For callers that keep several in flight: a fallback in between would run out of order.
-   *
-   * @throws ReplyError NOSCRIPT, see `isNoScript`; then `load` it
-   */
-  runLoaded(client: RedisClient, keys: string[], args: (string | number)[]): Promise<unknown> {
-    return client.evalsha(this.sha, keys.length, ...keys, ...args)
-  }
-
+  /** For callers that keep several in flight, where `run`'s way out would run out of order: see ingest/script-call.ts. */
   async load(server: Redis): Promise<void> {
     await server.script('LOAD', this.source)
   }

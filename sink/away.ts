@@ -11,7 +11,9 @@ const MAX_PAUSE_MS = 5000
 export class AwayLanes {
   private readonly away = new Map<Lane, { failures: number; until: number }>()
 
-  /** Never so of a single Redis: there is nobody else to go on with, and whoever asked is told what is wrong. */
+  /** @param lanes how many there are: where one is all (a single Redis), there is nobody else to go on with, and it is never away */
+  constructor(private readonly lanes: number) {}
+
   isAway(lane: Lane): boolean {
     return (this.away.get(lane)?.until ?? 0) > Date.now()
   }
@@ -24,7 +26,7 @@ export class AwayLanes {
       return answer
     } catch (error) {
       const failures = (this.away.get(lane)?.failures ?? 0) + 1
-      const pause = lane.isAlone ? 0 : backoffMs(failures, FIRST_PAUSE_MS, MAX_PAUSE_MS)
+      const pause = this.lanes === 1 ? 0 : backoffMs(failures, FIRST_PAUSE_MS, MAX_PAUSE_MS)
       this.away.set(lane, { failures, until: Date.now() + pause })
       throw error
     }

@@ -15,7 +15,8 @@ const reclaimScript = new Script('sink/reclaim.lua')
 const reapScript = new Script('sink/reap.lua')
 const endScript = new Script('sink/end.lua')
 
-const LEAST_OF_A_CALL = 16
+/** Of a call, however many slots of a Cluster a batch is made of. */
+const LEAST_ENTRIES_OF_A_CALL = 16
 
 /** A call that this sink alone may work on until `deadline`. */
 export interface Lease extends CallPlace {
@@ -83,7 +84,7 @@ export interface LeaseLimits {
 export class Leases {
   private readonly lanes: Lane[]
   private readonly laneOf = new Map<PartitionKeys, Lane>()
-  private readonly away = new AwayLanes()
+  private readonly away: AwayLanes
 
   constructor(
     private readonly client: RedisClient,
@@ -91,11 +92,8 @@ export class Leases {
     private readonly leaseMs: number,
   ) {
     this.lanes = lanesOf(client, partitions)
+    this.away = new AwayLanes(this.lanes.length)
     for (const lane of this.lanes) for (const partition of lane.partitions) this.laneOf.set(partition, lane)
-  }
-
-  get wakeChannels(): string[] {
-    return this.lanes.map((lane) => lane.wake)
   }
 
   /**
@@ -116,7 +114,7 @@ export class Leases {
     // Each slot of a Cluster leases one call at least, however small its share. So that they do not hold many times the limits,
     // less is read of each; what is left makes it ready again.
     const mostOfACall =
-      asked.size === 1 ? MAX_READ_ENTRIES : clamp(share(limits.entries), LEAST_OF_A_CALL, MAX_READ_ENTRIES)
+      asked.size === 1 ? MAX_READ_ENTRIES : clamp(share(limits.entries), LEAST_ENTRIES_OF_A_CALL, MAX_READ_ENTRIES)
     const results = await Promise.allSettled(
       [...asked].map(async ([lane, partitions]) => {
         const keys = [...partitions.flatMap((p) => [p.ready, p.leased, p.ended]), lane.wake]

@@ -66,7 +66,7 @@ export class Retention {
   /** In a Cluster there are many: each round begins with another one. */
   private nextLane = 0
   private readonly keptIn = new Map<Lane, number>()
-  private readonly away = new AwayLanes()
+  private readonly away: AwayLanes
   private saidKeptAt = Number.NEGATIVE_INFINITY
 
   constructor(
@@ -75,6 +75,7 @@ export class Retention {
     private readonly settings: RetentionSettings,
   ) {
     this.lanes = lanesOf(context.redis, partitions)
+    this.away = new AwayLanes(this.lanes.length)
   }
 
   /**
@@ -163,10 +164,10 @@ export class Retention {
     let failure: unknown
     for (let asked = 0; asked < this.lanes.length && found.claimed < PAGE_CALLS; asked++) {
       const lane = this.lanes[this.nextLane++ % this.lanes.length]!
+      if (this.away.isAway(lane)) continue
       const keys = [...lane.partitions.flatMap((p) => [p.ready, p.leased, p.open, p.ended, p.kept]), lane.wake]
       const prefixes = lane.partitions.flatMap((p) => [p.streamPrefix, p.sessionPrefix])
       const args = [PAGE_CALLS - found.claimed, retentionMs, claimMs, ...prefixes]
-      if (this.away.isAway(lane)) continue
       const reply = await this.away.watch(lane, claimScript.run(this.context.redis, keys, args)).catch((error) => {
         failure = error
       })

@@ -36,23 +36,23 @@ const PARTITIONS_AT_ONCE = 256
  * part yet. Without the limit, one of two sinks would easily have 40 of 64 partitions; with it, none has more than one above
  * another, and a sink that comes or goes moves few partitions but those that must move.
  *
+ * @param sinks in an order that all of them agree on
  * @returns whose each partition is
  */
 export function divide(partitions: number, sinks: readonly string[]): string[] {
   const free = new Map(sinks.map((sink) => [sink, Math.floor(partitions / sinks.length)]))
   let extra = partitions % sinks.length // so many get one more
   return Array.from({ length: partitions }, (_, partition) => {
-    let best: { sink: string; weight: number } | undefined
+    let best: { sink: string; weight: number; left: number } | undefined
     for (const [sink, left] of free) {
-      if (left === 0 && extra === 0) continue
+      if (left < 0 || (left === 0 && extra === 0)) continue // it has its part
       const weight = hash(`${sink} ${partition}`)
-      const isBetter = !best || weight > best.weight || (weight === best.weight && sink > best.sink)
-      if (left >= 0 && isBetter) best = { sink, weight }
+      if (!best || weight > best.weight) best = { sink, weight, left }
     }
-    const left = free.get(best!.sink)!
+    const { sink, left } = best!
     if (left === 0) extra--
-    free.set(best!.sink, left - 1)
-    return best!.sink
+    free.set(sink, left - 1)
+    return sink
   })
 }
 

@@ -1,7 +1,7 @@
 /** The sink process: workers, what has to be done now and then (reclaim, reap), and what it tells of itself over HTTP. */
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { Config } from '../shared/config.js'
-import type { Group, Member, MetricValues } from '../shared/group.js'
+import type { Group, Member } from '../shared/group.js'
 import type { CallPlace, Partitions } from '../shared/keys.js'
 import type { Logger } from '../shared/log.js'
 import { createSinkMetrics, type SinkMetrics } from '../shared/metrics.js'
@@ -14,7 +14,7 @@ import { Backlog } from './backlog.js'
 import { askWritable, Gate } from './gate.js'
 import { requireReady, serveHealth } from './health.js'
 import { closeFinal } from './late.js'
-import { Leases } from './lease.js'
+import { type LeaseLimits, Leases } from './lease.js'
 import { Legacy } from './legacy.js'
 import { type Listening, listen } from './listen.js'
 import { observe } from './observe.js'
@@ -60,18 +60,9 @@ const LOCKED_MS = 2000
  * @throws OperatorError when Redis or PostgreSQL cannot be used, or the schema does not fit
  */
 export async function startSink(config: Config, log: Logger, group?: Group): Promise<Sink> {
-  const onError = (error: Error) => log.warn({ err: error }, 'postgres connection')
   const leaseMs = config.LEASE_SECONDS * 1000
   const writeTimeoutMs = config.DATABASE_TIMEOUT * 1000
-  // A connection for each worker, one to ask whether PostgreSQL is there, and one for legacy rows that were locked.
-  const settings = writeSettings(writeTimeoutMs, leaseMs)
-  const pool = createPool(
-    config,
-    'sink',
-    config.SINK_WORKERS + (config.LEGACY_CALL_SESSIONS ? 2 : 1),
-    onError,
-    settings,
-  )
+  const pool = createSinkPool(config, log, writeSettings(writeTimeoutMs, leaseMs))
   const clients: RedisClient[] = []
   const connect = async () => {
     const client = await connectRedis(config.REDIS_URL, log, config)
@@ -108,18 +99,9 @@ export async function startSink(config: Config, log: Logger, group?: Group): Pro
     const text = () => observe(parts).then(() => metrics.registry.metrics())
     const server = group ? undefined : await serveHealth(config, { ready, metrics: text })
 
-    const maxDeliveries = config.MAX_DELIVERIES
-    const limits = {
-      calls: LEASE_MOST_CALLS,
-      entries: config.BATCH_MAX_ROWS,
-      bytes: config.BATCH_MAX_BYTES,
-      leaseMs,
-      suspectLapses: Math.min(SUSPECT_LAPSES, maxDeliveries),
-    }
-    const context: WorkerContext = {
-      ...{ redis, pool, leases, limits, maxDeliveries, writeTimeoutMs, progress, metrics, wake, gate, log, legacy },
-      suspects: { isTried: false },
-    }
+    const settings = { limits: limitsOf(config), maxDeliveries: config.MAX_DELIVERIES, writeTimeoutMs }
+    const tools = { progress, metrics, wake, gate, log, suspects: { isTried: false } }
+    const context: WorkerContext = { redis, pool, leases, legacy, ...settings, ...tools }
     const workers = Array.from({ length: config.SINK_WORKERS }, () => new Worker(context))
     const running = workers.map((worker) => worker.run())
     tend(context, { share, listening }, partitions, config, stopped.signal)
@@ -129,20 +111,15 @@ export async function startSink(config: Config, log: Logger, group?: Group): Pro
     return {
       url,
       ready,
-      metrics: () => observe(parts).then(() => metrics.registry.getMetricsAsJSON() as Promise<MetricValues>),
+      metrics: () => observe(parts).then(() => metrics.registry.getMetricsAsJSON()),
       async stop() {
         stopped.abort()
         for (const worker of workers) worker.stop()
         wake.ring()
         share.leave().catch(() => undefined) // it lapses
-        const finished = Promise.all(running).then(() => true)
-        const isFinished = await Promise.race([finished, sleep(STOP_TIMEOUT_MS, false, { ref: false })])
+        await finish(workers, running, log)
         server?.close()
         server?.closeAllConnections()
-        if (!isFinished) {
-          log.error('a batch in hand does not come to its end; it is given back, so another sink takes it over')
-          await atMost(DISCONNECT_TIMEOUT_MS, Promise.all(workers.map((worker) => worker.giveUp())))
-        }
         listening.stop()
         await atMost(DISCONNECT_TIMEOUT_MS, disconnect())
         log.info('sink stopped')
@@ -152,6 +129,31 @@ export async function startSink(config: Config, log: Logger, group?: Group): Pro
     await disconnect()
     throw error
   }
+}
+
+/** A connection for each worker, one to ask whether PostgreSQL is there, and one for legacy rows that were locked. */
+function createSinkPool(config: Config, log: Logger, settings: Record<string, string>): Pool {
+  const connections = config.SINK_WORKERS + (config.LEGACY_CALL_SESSIONS ? 2 : 1)
+  const onError = (error: Error) => log.warn({ err: error }, 'postgres connection')
+  return createPool(config, 'sink', connections, onError, settings)
+}
+
+function limitsOf(config: Config): LeaseLimits {
+  return {
+    calls: LEASE_MOST_CALLS,
+    entries: config.BATCH_MAX_ROWS,
+    bytes: config.BATCH_MAX_BYTES,
+    leaseMs: config.LEASE_SECONDS * 1000,
+    suspectLapses: Math.min(SUSPECT_LAPSES, config.MAX_DELIVERIES),
+  }
+}
+
+/** The batches in hand; what does not come to its end in time is given back. */
+async function finish(workers: Worker[], running: Promise<void>[], log: Logger): Promise<void> {
+  const finished = Promise.all(running).then(() => true)
+  if (await Promise.race([finished, sleep(STOP_TIMEOUT_MS, false, { ref: false })])) return
+  log.error('a batch in hand does not come to its end; it is given back, so another sink takes it over')
+  await atMost(DISCONNECT_TIMEOUT_MS, Promise.all(workers.map((worker) => worker.giveUp())))
 }
 
 /** What is to be done besides batches, now and then. */

@@ -8,7 +8,7 @@ import { afterEach, beforeEach, expect, test } from 'vitest'
 import { idealSpread } from '../bench/binomial.js'
 import type { Row } from '../bench/report.js'
 import { crc16 } from '../bench/skew.js'
-import { judge, type Verdict } from '../bench/targets.js'
+import { judge, type Measured, type Verdict } from '../bench/targets.js'
 import { childEnvironment } from '../shared/config.js'
 import { PACKAGE_ROOT } from '../shared/package-root.js'
 import { until } from './support/stores.js'
@@ -16,7 +16,7 @@ import { until } from './support/stores.js'
 interface Figures {
   rows: Row[]
   targets: Verdict[]
-  measured: Record<string, number>
+  measured: Measured
   skew: { spreads: Spread[]; ideals: Ideal[] }
   failures: unknown[]
 }
@@ -81,7 +81,7 @@ test('every_figure_is_of_rows_that_were_compared', async () => {
     if (process.platform === 'linux') for (const mib of Object.values(usage!.peakMiB)) expect(mib).toBeGreaterThan(1)
   }
   const loop = targets.find(({ target }) => target.includes('plain XADD'))!
-  expect(loop.measured).toBeCloseTo(measured.plainLoopMicros! / measured.endToEndMicros!)
+  expect(loop.measured).toBeCloseTo(measured.peerMicros['plain-loop']! / measured.endToEndMicros!)
   expect(targets.find(({ target }) => target.includes('BullMQ'))).toMatchObject({ measured: null, met: null })
   expect(bench.output.err).toContain('[2/3] peer-plain-loop')
   expect(bench.output.out).toContain('Calls in the fullest partition')
@@ -115,12 +115,16 @@ test('an_unknown_scenario_is_told_with_those_there_are', async () => {
 })
 
 test('a_target_is_judged_by_its_own_sense', () => {
-  const verdict = (measured: object, words: string) => judge(measured).find(({ target }) => target.includes(words))!
+  const verdict = (measured: Partial<Measured>, words: string) =>
+    judge({ peerMicros: {}, ...measured }).find(({ target }) => target.includes(words))!
   expect(verdict({ endToEndTurns: 45_000 }, 'finalized').met).toBe(true)
   expect(verdict({ endToEndTurns: 44_999 }, 'finalized').met).toBe(false)
   expect(verdict({ latencyP99: 25 }, 'p99').met).toBe(true)
   expect(verdict({ latencyP99: 25.1 }, 'p99').met).toBe(false)
-  expect(verdict({ bullmqMicros: 240, endToEndMicros: 30 }, 'BullMQ')).toMatchObject({ measured: 8, met: true })
+  expect(verdict({ peerMicros: { bullmq: 240 }, endToEndMicros: 30 }, 'BullMQ')).toMatchObject({
+    measured: 8,
+    met: true,
+  })
   expect(verdict({ micros100k: 50, micros1k: 30 }, '100,000 open').met).toBe(false)
 })
 

@@ -18,6 +18,9 @@ import {
   turn,
 } from './support/streams.js'
 
+/** A single Redis has one channel, its first partition's. */
+const WAKE = new Partitions(64).at(0).wake
+
 // Channels are not part of a database: on a Redis shared with other suites, their news would be heard, too.
 let server: StoreServer
 let redis: Store
@@ -35,7 +38,7 @@ beforeEach(async () => {
   leases = new Leases(redis.client, redis.partitions, LIMITS.leaseMs)
   heard = []
   subscriber.on('smessage', (_channel: string, message: string) => heard.push(message))
-  for (const channel of leases.wakeChannels) await subscriber.ssubscribe(channel)
+  await subscriber.ssubscribe(WAKE)
 })
 afterEach(() => {
   redis.client.disconnect()
@@ -47,7 +50,7 @@ const [b1] = callsIn(new Partitions(64), 5, 1) as [string]
 
 /** What was heard since the last time: messages on one channel keep their order, so everything before 'end' has arrived. */
 async function news(): Promise<string[]> {
-  await redis.client.spublish(leases.wakeChannels[0]!, 'end')
+  await redis.client.spublish(WAKE, 'end')
   await until('the end is heard', () => heard.at(-1) === 'end')
   return heard.splice(0).slice(0, -1)
 }

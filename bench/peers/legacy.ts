@@ -78,9 +78,16 @@ function newSession(event: SentEvent): Session {
   const began = withoutZone(event.ts!)
   return {
     call_sid: event.call_sid,
-    ...{ lead_id: 4711, lead_name: 'Asha Rao', lead_phone: '+919800000000', conversation_stage: 'intro' },
-    ...{ transcript_history: [], collected_data: {}, objections_encountered: [] },
-    ...{ is_bot_speaking: false, waiting_for_response: false },
-    ...{ session_start_time: began, last_interaction_time: began },
+    lead_id: 4711,
+    lead_name: 'Asha Rao',
+    lead_phone: '+919800000000',
+    conversation_stage: 'intro',
+    transcript_history: [],
+    collected_data: {},
+    objections_encountered: [],
+    is_bot_speaking: false,
+    waiting_for_response: false,
+    session_start_time: began,
+    last_interaction_time: began,
   }
 }

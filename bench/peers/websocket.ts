@@ -4,6 +4,7 @@
  */
 import uWS from 'uWebSockets.js'
 import type { SentEvent } from '../../cli/compare.js'
+import type { Config } from '../../shared/config.js'
 
 /** Resolves when all events are safe in the peer's first store. */
 export type Store = (events: SentEvent[]) => Promise<void>
@@ -15,11 +16,19 @@ interface Socket {
   acked: Promise<void>
 }
 
-const MAX_MESSAGE_BYTES = 1024 * 1024
-const HELLO = JSON.stringify({ type: 'hello', protocol: 1, window: 4096, max_message_bytes: MAX_MESSAGE_BYTES })
-
-/** Whatever fails ends the process, loudly. @returns http://host:port */
-export function serve(store: Store): Promise<string> {
+/**
+ * Whatever fails ends the process, loudly.
+ *
+ * @param config what calltape's own ingest would give its clients, it gives them, too
+ * @returns http://host:port
+ */
+export function serve({ WINDOW, MAX_MESSAGE_BYTES }: Config, store: Store): Promise<string> {
+  const hello = JSON.stringify({
+    type: 'hello',
+    protocol: 1,
+    window: WINDOW,
+    max_message_bytes: MAX_MESSAGE_BYTES,
+  })
   const app = uWS.App().ws<Socket>('/v1/stream', {
     maxPayloadLength: MAX_MESSAGE_BYTES,
     idleTimeout: 0,
@@ -29,7 +38,7 @@ export function serve(store: Store): Promise<string> {
       res.upgrade(socket, header('key'), header('protocol'), header('extensions'), context)
     },
     open(ws) {
-      ws.send(HELLO)
+      ws.send(hello)
     },
     message(ws, message) {
       const given = JSON.parse(Buffer.from(message).toString()) as SentEvent | SentEvent[]

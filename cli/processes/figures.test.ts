@@ -1,13 +1,12 @@
 import { expect, test } from 'vitest'
 import type { MetricValues } from '../../shared/group.js'
-import { createIngestMetrics, createSinkMetrics } from '../../shared/metrics.js'
+import { createIngestMetrics, createSinkMetrics, type IngestMetrics, type SinkMetrics } from '../../shared/metrics.js'
 import { addUp, counted, keepCounts } from './figures.js'
 
-const valuesOf = async (metrics: ReturnType<typeof createSinkMetrics> | ReturnType<typeof createIngestMetrics>) =>
-  (await metrics.registry.getMetricsAsJSON()) as MetricValues
+const valuesOf = ({ registry }: SinkMetrics | IngestMetrics): Promise<MetricValues> => registry.getMetricsAsJSON()
 
 /** Each sink is given other figures by `change`. */
-async function sinks(...changes: ((metrics: ReturnType<typeof createSinkMetrics>) => void)[]) {
+async function sinks(...changes: ((metrics: SinkMetrics) => void)[]) {
   return Promise.all(
     changes.map((change) => {
       const metrics = createSinkMetrics()

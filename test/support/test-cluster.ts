@@ -12,7 +12,7 @@ const run = promisify(execFile)
 
 const MASTERS = 3
 /** For a machine that has other things to do; a failover takes about this long and a second or two. */
-export const NODE_TIMEOUT_MS = 1500
+const NODE_TIMEOUT_MS = 1500
 const SETTLES_WITHIN_MS = 30_000
 
 export interface ClusterOptions {
