@@ -114,7 +114,7 @@ async function report(seconds: number): Promise<void> {
     console.log(
       '\nCPU time is that of all processes of a kind; a peer has its server under ingest, its worker under sink.',
     )
-    console.log(`\n${targetsTable(targets)}`)
+    if (!options.quick) console.log(`\n${targetsTable(targets)}`)
   }
   for (const each of appendix) console.log(`\n${each}`)
   for (const { scenario, reason } of failures) console.log(`\n${scenario} FAILED, its figures do not count: ${reason}`)
