@@ -27,6 +27,6 @@ export interface Group extends Told {
   /** Its place, from 0; of one that died, that of whoever is started for it. */
   readonly slot: number
   readonly size: number
-  /** Which all share; undefined for the first process, which finds out whether anybody else has it. */
+  /** Which all share; undefined for the first process at its first start: it finds out whether anybody else has it. */
   readonly port: number | undefined
 }

@@ -173,6 +173,27 @@ describe('ingest', () => {
     expect(wrong).toMatchObject({ code: 2, err: expect.stringContaining('INGEST_PROCESSES: wants an integer') })
   })
 
+  test.each(['a_port_that_is_given', 'any_port'])(
+    'the_first_one_is_started_again_on_the_same_port_with_%s',
+    async (given) => {
+      const INGEST_PORT = given === 'any_port' ? '0' : String(await lastingPort())
+      const { service, url, logFile } = await run('ingest', { INGEST_PORT })
+      const [first, second] = childrenOf(service.pid)
+      process.kill(first!, 'SIGKILL')
+      const starts = () => readFileSync(logFile, 'utf8').match(/"slot":0,.*ingest listens/g)?.length
+      await until('the first one listens again', () => starts() === 2)
+      await until('there are two again', async () => {
+        return /^calltape_ingest_processes 2$/m.test((await ask(url, '/metrics')).text)
+      })
+      // Now nobody else has the port: who answers is the one that was started again.
+      process.kill(second!, 'SIGKILL')
+      await until('the other one is dead', () => !isAlive(second!))
+      expect((await ask(url, '/healthz')).status).toBe(200)
+      const listened = readFileSync(logFile, 'utf8').matchAll(/"url":"([^"]+)"/g)
+      expect(new Set([...listened].map(([, where]) => where))).toEqual(new Set([url]))
+    },
+  )
+
   test('SIGTERM_stops_all_of_them_with_all_that_was_acked_in_Redis', async () => {
     const { service, url } = await run('ingest')
     const children = childrenOf(service.pid)

@@ -34,7 +34,8 @@ export class ProcessGroup implements Told {
       const url = await this.add().start()
       const port = url === '' ? undefined : Number(new URL(url).port || (url.startsWith('https') ? 443 : 80))
       if (this.isStopping) return url
-      const others = Array.from({ length: this.options.size - 1 }, () => this.add(port))
+      const others = Array.from({ length: this.options.size - 1 }, () => this.add())
+      if (port !== undefined) for (const slot of this.slots) slot.join(port)
       const started = await Promise.allSettled(others.map((slot) => slot.start()))
       for (const result of started) if (result.status === 'rejected') throw result.reason
       return url
@@ -64,11 +65,10 @@ export class ProcessGroup implements Told {
     await Promise.all(serving.map(ask))
   }
 
-  private add(port?: number): Slot {
+  private add(): Slot {
     const { name, size, environment, log } = this.options
     const slot = this.slots.length
-    const args = ['--slot', `${slot}/${size}`, ...(port === undefined ? [] : ['--port', String(port)])]
-    const added = new Slot({ name, slot, args, environment, told: this, log })
+    const added = new Slot({ name, slot, args: ['--slot', `${slot}/${size}`], environment, told: this, log })
     this.slots.push(added)
     return added
   }

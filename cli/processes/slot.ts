@@ -47,6 +47,7 @@ export class Slot {
   private isServing = false
   private isStopping = false
   private failures = 0
+  private port: number | undefined
   /** What its process said last. */
   private last: MetricValues = []
   /** What those before it had counted. */
@@ -56,6 +57,11 @@ export class Slot {
 
   get serves(): boolean {
     return this.isServing
+  }
+
+  /** Who is started in it from now on shares `port`: whether anybody else has it is asked no more, for others of us do. */
+  join(port: number): void {
+    this.port = port
   }
 
   /**
@@ -102,7 +108,8 @@ export class Slot {
 
   private async launch(): Promise<string> {
     const { name, args, environment, told } = this.options
-    const child = fork(join(PACKAGE_ROOT, 'dist/cli/calltape.js'), [name, ...args], {
+    const shared = this.port === undefined ? [] : ['--port', String(this.port)]
+    const child = fork(join(PACKAGE_ROOT, 'dist/cli/calltape.js'), [name, ...args, ...shared], {
       env: childEnvironment(environment),
       execArgv: [],
       stdio: ['ignore', 'inherit', 'inherit', 'ipc'],
