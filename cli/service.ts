@@ -2,7 +2,7 @@
 import { availableParallelism } from 'node:os'
 import { type Config, type Environment, givenEnvironment, OperatorError, readConfig } from '../shared/config.js'
 import { armCrash } from '../shared/crash.js'
-import type { Group, Member } from '../shared/group.js'
+import type { Group, Member, Waiting } from '../shared/group.js'
 import { createLog, type Logger } from '../shared/log.js'
 import { changedSettings } from '../shared/settings-shown.js'
 import { Channel } from './processes/channel.js'
@@ -82,7 +82,7 @@ async function runMember(name: Name, config: Config, { slot, port }: ServiceOpti
     size,
     port: port === undefined ? undefined : Number(port),
     metrics: async () => (await channel.ask('metrics', TOLD_TIMEOUT_MS)) as string,
-    ready: async () => void (await channel.ask('ready', TOLD_TIMEOUT_MS)),
+    ready: async () => (await channel.ask('ready', TOLD_TIMEOUT_MS)) as Waiting | undefined,
   }
   member = await startOne(name, config, log.child({ slot: place }), group)
   tellUrl(member.url)

@@ -4,7 +4,7 @@
  */
 
 import type { Environment } from '../../shared/config.js'
-import type { Told } from '../../shared/group.js'
+import type { Told, Waiting } from '../../shared/group.js'
 import type { Logger } from '../../shared/log.js'
 import { addUp } from './figures.js'
 import { Slot } from './slot.js'
@@ -55,14 +55,14 @@ export class ProcessGroup implements Told {
   }
 
   /** All that serve must be ready: whoever gets the next connection can do its job. One that is being started gets none. */
-  async ready(): Promise<void> {
+  async ready(): Promise<Waiting | undefined> {
     const serving = [...this.slots.entries()].filter(([, slot]) => slot.serves)
     if (serving.length === 0) throw new Error('no process serves')
     const ask = ([place, slot]: [number, Slot]) =>
       slot.ready().catch((error: Error) => {
         throw new Error(`process ${place}: ${error.message}`)
       })
-    await Promise.all(serving.map(ask))
+    return together((await Promise.all(serving.map(ask))).filter((waiting) => waiting !== undefined))
   }
 
   private add(): Slot {
@@ -72,4 +72,12 @@ export class ProcessGroup implements Told {
     this.slots.push(added)
     return added
   }
+}
+
+/** Several processes may have events of one partition, and the same to say of its server. */
+function together(waiting: Waiting[]): Waiting | undefined {
+  if (waiting.length === 0) return undefined
+  const partitions = new Set(waiting.flatMap((each) => each.partitions))
+  const reasons = new Set(waiting.map(({ reason }) => reason))
+  return { partitions: [...partitions].sort((a, b) => a - b), reason: [...reasons].join('; ') }
 }

@@ -4,7 +4,7 @@ import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { backoffMs } from '../../shared/backoff.js'
 import { childEnvironment, type Environment } from '../../shared/config.js'
-import type { MetricValues, Told } from '../../shared/group.js'
+import type { MetricValues, Told, Waiting } from '../../shared/group.js'
 import type { Logger } from '../../shared/log.js'
 import { PACKAGE_ROOT } from '../../shared/package-root.js'
 import { Channel } from './channel.js'
@@ -101,9 +101,9 @@ export class Slot {
     }
   }
 
-  /** @throws why it cannot do its job */
-  async ready(): Promise<void> {
-    await this.channel?.ask('ready', ANSWER_TIMEOUT_MS)
+  /** @returns what waits nevertheless @throws why it cannot do its job */
+  async ready(): Promise<Waiting | undefined> {
+    return (await this.channel?.ask('ready', ANSWER_TIMEOUT_MS)) as Waiting | undefined
   }
 
   private async launch(): Promise<string> {
