@@ -169,8 +169,15 @@ describe('ingest', () => {
     expect({ code: joined.code, told: joined.err.match(/cannot listen/g)?.length }).toEqual({ code: 2, told: 1 })
     const away = await calltape(['ingest', '--processes', '3'], { ...environment, REDIS_URL: 'redis://127.0.0.1:1' })
     expect({ code: away.code, told: away.err.match(/no Redis answers/g)?.length }).toEqual({ code: 2, told: 1 })
-    const wrong = await calltape(['ingest', '--processes', 'many'], environment)
-    expect(wrong).toMatchObject({ code: 2, err: expect.stringContaining('INGEST_PROCESSES: wants an integer') })
+  })
+
+  test('a_number_of_processes_that_is_none_is_told_by_the_name_it_was_given_by', async () => {
+    const option = await calltape(['ingest', '--processes', 'many'], environment)
+    expect(option).toMatchObject({ code: 2, err: 'calltape: --processes wants an integer from 0 to 64, got many\n' })
+    const empty = await calltape(['sink', '--processes', ''], environment)
+    expect(empty).toMatchObject({ code: 2, err: expect.stringContaining('--processes wants an integer') })
+    const setting = await calltape(['ingest'], { ...environment, INGEST_PROCESSES: 'many' })
+    expect(setting).toMatchObject({ code: 2, err: expect.stringContaining('INGEST_PROCESSES: wants an integer') })
   })
 
   test.each(['a_port_that_is_given', 'any_port'])(
