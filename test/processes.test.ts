@@ -87,6 +87,7 @@ describe('ingest', () => {
       expect(text).toMatch(/^calltape_ingest_events_acked_total 40$/m)
       expect(text).toMatch(/^calltape_ingest_connections 40$/m)
       expect(text).toMatch(/^calltape_ingest_processes 2$/m)
+      expect(text).toMatch(/^calltape_ingest_processes_wanted 2$/m)
       expect((await ask(url, '/readyz')).status).toBe(200)
     }
     const [first] = childrenOf(service.pid)
@@ -302,6 +303,7 @@ describe('sink', () => {
       expect(await ask(url, '/readyz')).toEqual({ status: 503, text: 'process 1: no answer within 2500 ms\n' })
       expect(await figure(url, 'calltape_sink_turns_total')).toBe(100)
       expect(await figure(url, 'calltape_sink_processes')).toBe(1)
+      expect(await figure(url, 'calltape_sink_processes_wanted')).toBe(2)
       expect((await ask(url, '/healthz')).status).toBe(200)
     } finally {
       process.kill(second!, 'SIGCONT')

@@ -3,9 +3,11 @@
  * what all of them say together. It is on no event's way.
  */
 
+import type { Registry } from 'prom-client'
 import type { Environment } from '../../shared/config.js'
-import type { Told, Waiting } from '../../shared/group.js'
+import type { MetricValues, Told, Waiting } from '../../shared/group.js'
 import type { Logger } from '../../shared/log.js'
+import { createGroupMetrics } from '../../shared/metrics.js'
 import { addUp } from './figures.js'
 import { Slot } from './slot.js'
 
@@ -20,8 +22,11 @@ export interface GroupOptions {
 export class ProcessGroup implements Told {
   private readonly slots: Slot[] = []
   private isStopping = false
+  private readonly own: Registry
 
-  constructor(private readonly options: GroupOptions) {}
+  constructor(private readonly options: GroupOptions) {
+    this.own = createGroupMetrics(options.name, options.size)
+  }
 
   /**
    * The first one alone: what keeps it from starting would keep them all, and is told once.
@@ -51,7 +56,8 @@ export class ProcessGroup implements Told {
   }
 
   async metrics(): Promise<string> {
-    return addUp((await Promise.all(this.slots.map((slot) => slot.metrics()))).flat())
+    const own = (await this.own.getMetricsAsJSON()) as MetricValues
+    return addUp([own, ...(await Promise.all(this.slots.map((slot) => slot.metrics()))).flat()])
   }
 
   /** All that serve must be ready: whoever gets the next connection can do its job. One that is being started gets none. */
