@@ -2,8 +2,9 @@
 import { availableParallelism } from 'node:os'
 import { type Config, type Environment, givenEnvironment, OperatorError, readConfig } from '../shared/config.js'
 import { armCrash } from '../shared/crash.js'
-import type { Group, Member } from '../shared/group.js'
+import type { Group, Member, Waiting } from '../shared/group.js'
 import { createLog, type Logger } from '../shared/log.js'
+import { SETTINGS } from '../shared/settings.js'
 import { changedSettings } from '../shared/settings-shown.js'
 import { Channel } from './processes/channel.js'
 import { ProcessGroup } from './processes/group.js'
@@ -31,7 +32,8 @@ const SIGNALS = ['SIGTERM', 'SIGINT'] as const
  */
 export async function runService(name: Name, options: ServiceOptions): Promise<void> {
   const count = name === 'ingest' ? 'INGEST_PROCESSES' : 'SINK_PROCESSES'
-  const given = { ...givenEnvironment(), ...(options.processes === undefined ? {} : { [count]: options.processes }) }
+  const asked = options.processes === undefined ? {} : { [count]: requireCount(count, options.processes) }
+  const given = { ...givenEnvironment(), ...asked }
   const config = readConfig(given)
   const log = createLog(name, config.LOG_LEVEL)
   if (options.slot !== undefined) return runMember(name, config, options, log)
@@ -44,6 +46,13 @@ export async function runService(name: Name, options: ServiceOptions): Promise<v
   await told()
   await service.stop()
   process.exit() // what a connection that hangs still holds must not keep the process
+}
+
+/** @throws OperatorError that names the option: who gave it need not know its variable */
+function requireCount(name: 'INGEST_PROCESSES' | 'SINK_PROCESSES', text: string): string {
+  const { error } = SETTINGS[name].type.safeParse(text.trim() === '' ? Number.NaN : text)
+  if (error) throw new OperatorError(`--processes ${error.issues[0]!.message}, got ${text}`)
+  return text
 }
 
 async function startOne(name: Name, config: Config, log: Logger, group?: Group): Promise<Member> {
@@ -82,7 +91,7 @@ async function runMember(name: Name, config: Config, { slot, port }: ServiceOpti
     size,
     port: port === undefined ? undefined : Number(port),
     metrics: async () => (await channel.ask('metrics', TOLD_TIMEOUT_MS)) as string,
-    ready: async () => void (await channel.ask('ready', TOLD_TIMEOUT_MS)),
+    ready: async () => (await channel.ask('ready', TOLD_TIMEOUT_MS)) as Waiting | undefined,
   }
   member = await startOne(name, config, log.child({ slot: place }), group)
   tellUrl(member.url)

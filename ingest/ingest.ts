@@ -55,7 +55,7 @@ export async function startIngest(config: Config, log: Logger, group?: Group): P
     return {
       url,
       metrics: () => routes.ownMetrics(),
-      ready: async () => void (await routes.requireReady()),
+      ready: () => routes.requireReady(),
       async stop() {
         routes.phase = 'stopping'
         server.stopListening()

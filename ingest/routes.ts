@@ -1,7 +1,7 @@
 /** What ingest answers on each of its routes, whatever serves them. */
 import type { Config } from '../shared/config.js'
 import { parseEvent, Refusal } from '../shared/events.js'
-import type { Group, MetricValues } from '../shared/group.js'
+import type { Group, MetricValues, Waiting } from '../shared/group.js'
 import type { Partitions } from '../shared/keys.js'
 import { type Logger, reasonOf } from '../shared/log.js'
 import { closeCodeLabel, type IngestMetrics } from '../shared/metrics.js'
@@ -140,10 +140,10 @@ export class IngestRoutes implements Routes {
   }
 
   /**
-   * @returns of a Cluster, what a server that takes nothing keeps waiting while the others go on; undefined when nothing waits
+   * @returns undefined when nothing waits
    * @throws why this process cannot do its job
    */
-  async requireReady(): Promise<{ partitions: number[]; reason: string } | undefined> {
+  async requireReady(): Promise<Waiting | undefined> {
     const { redis, appender } = this.parts
     if (this.phase !== 'serving') throw new Unready(this.phase, `the process is ${this.phase}`)
     if (redis.status !== 'ready') throw new Unready('redis', `Redis: ${redis.status}`)

@@ -4,13 +4,19 @@ import type { MetricObjectWithValues, MetricValue } from 'prom-client'
 /** Of one registry, as of now. */
 export type MetricValues = MetricObjectWithValues<MetricValue<string>>[]
 
+/** Of a Cluster, what a server that takes nothing keeps waiting while the others go on: that is no reason not to be ready. */
+export interface Waiting {
+  partitions: number[]
+  reason: string
+}
+
 /** What a service that runs in a process says of itself. */
 export interface Member {
   /** Where it listens, http://… or https://…; a sink of a group does not. */
   url: string
   metrics(): Promise<MetricValues>
-  /** @throws why it cannot do its job */
-  ready(): Promise<void>
+  /** @returns what waits nevertheless; undefined when nothing does @throws why it cannot do its job */
+  ready(): Promise<Waiting | undefined>
   stop(): Promise<void>
 }
 
@@ -18,8 +24,8 @@ export interface Member {
 export interface Told {
   /** In Prometheus' text format. @throws when they cannot be asked */
   metrics(): Promise<string>
-  /** @throws why one of them cannot do its job, or that none serves */
-  ready(): Promise<void>
+  /** @returns what waits in any of them @throws why one of them cannot do its job, or that none serves */
+  ready(): Promise<Waiting | undefined>
 }
 
 /** The group that a process is one of. */
@@ -27,6 +33,6 @@ export interface Group extends Told {
   /** Its place, from 0; of one that died, that of whoever is started for it. */
   readonly slot: number
   readonly size: number
-  /** Which all share; undefined for the first process, which finds out whether anybody else has it. */
+  /** Which all share; undefined for the first process at its first start: it finds out whether anybody else has it. */
   readonly port: number | undefined
 }

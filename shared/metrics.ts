@@ -69,11 +69,17 @@ function collectOfNode(registry: Registry): void {
   }
 }
 
-/** What makes metrics of one process: their names begin with `prefix`. */
+/** What makes metrics of one process, Node's own among them: the names of the others begin with `prefix`. */
 function metricsOf(prefix: string) {
   const registry = new Registry()
-  const registers = [registry]
   collectOfNode(registry)
+  return metricsIn(registry, prefix)
+}
+
+type Makers = ReturnType<typeof metricsIn>
+
+function metricsIn(registry: Registry, prefix: string) {
+  const registers = [registry]
   const named = (name: string, help: string) => ({ name: `${prefix}_${name}`, help, registers })
   /** @param aggregator how those of several processes become one */
   const gaugeBy =
@@ -92,13 +98,29 @@ function metricsOf(prefix: string) {
   }
 }
 
+/** @param answer how many answer @param wanted how many there should be: what a group says counts, not what each of it does */
+function processesOf({ gauge, highest }: Makers, setting: string, answer: number, wanted: number) {
+  return {
+    processes: always(gauge('processes', `Processes that answer: 1, or as many of ${setting}`), answer),
+    processesWanted: always(highest('processes_wanted', `Processes that there should be: 1, or ${setting}`), wanted),
+  }
+}
+
+/** What a group of `size` processes says beside them: also while none of them answers. */
+export function createGroupMetrics(name: 'ingest' | 'sink', size: number): Registry {
+  const registry = new Registry()
+  processesOf(metricsIn(registry, `calltape_${name}`), `${name.toUpperCase()}_PROCESSES`, 0, size)
+  return registry
+}
+
 export type IngestMetrics = ReturnType<typeof createIngestMetrics>
 
 export function createIngestMetrics() {
-  const { registry, counter, gauge, lowest, seconds, sizes } = metricsOf('calltape_ingest')
+  const makers = metricsOf('calltape_ingest')
+  const { registry, counter, gauge, lowest, seconds, sizes } = makers
   return {
     registry,
-    processes: always(gauge('processes', 'Processes that answer: 1, or as many of INGEST_PROCESSES'), 1),
+    ...processesOf(makers, 'INGEST_PROCESSES', 1, 1),
     accepted: counter('events_accepted_total', 'Events that Redis has stored'),
     acked: counter('events_acked_total', 'Events of which their producer was told that they are stored'),
     refused: fromZero(counter('events_refused_total', 'Events refused by name', 'code'), 'code', REFUSAL_CODES),
@@ -166,10 +188,11 @@ export function countProvidersFromZero({ webhooks, ignored }: IngestMetrics, pro
 export type SinkMetrics = ReturnType<typeof createSinkMetrics>
 
 export function createSinkMetrics() {
-  const { registry, counter, gauge, highest, lowest, seconds, sizes } = metricsOf('calltape_sink')
+  const makers = metricsOf('calltape_sink')
+  const { registry, counter, gauge, highest, lowest, seconds, sizes } = makers
   return {
     registry,
-    processes: always(gauge('processes', 'Processes that answer: 1, or as many of SINK_PROCESSES'), 1),
+    ...processesOf(makers, 'SINK_PROCESSES', 1, 1),
     turns: counter('turns_total', 'Turns committed to PostgreSQL'),
     events: counter('events_total', 'Other call events committed to PostgreSQL'),
     duplicates: counter('duplicate_turns_total', 'Turns read that PostgreSQL had already'),

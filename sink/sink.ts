@@ -95,7 +95,7 @@ export async function startSink(config: Config, log: Logger, group?: Group): Pro
     const stopped = new AbortController()
     const gate = new Gate(() => askWritable(pool), log, stopped.signal)
     const parts = { redis, pool, backlog, gate, progress, metrics }
-    const ready = () => requireReady(parts, stopped.signal)
+    const ready = async () => void (await requireReady(parts, stopped.signal))
     const text = () => observe(parts).then(() => metrics.registry.metrics())
     const server = group ? undefined : await serveHealth(config, { ready, metrics: text })
 

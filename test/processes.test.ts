@@ -87,6 +87,7 @@ describe('ingest', () => {
       expect(text).toMatch(/^calltape_ingest_events_acked_total 40$/m)
       expect(text).toMatch(/^calltape_ingest_connections 40$/m)
       expect(text).toMatch(/^calltape_ingest_processes 2$/m)
+      expect(text).toMatch(/^calltape_ingest_processes_wanted 2$/m)
       expect((await ask(url, '/readyz')).status).toBe(200)
     }
     const [first] = childrenOf(service.pid)
@@ -169,9 +170,37 @@ describe('ingest', () => {
     expect({ code: joined.code, told: joined.err.match(/cannot listen/g)?.length }).toEqual({ code: 2, told: 1 })
     const away = await calltape(['ingest', '--processes', '3'], { ...environment, REDIS_URL: 'redis://127.0.0.1:1' })
     expect({ code: away.code, told: away.err.match(/no Redis answers/g)?.length }).toEqual({ code: 2, told: 1 })
-    const wrong = await calltape(['ingest', '--processes', 'many'], environment)
-    expect(wrong).toMatchObject({ code: 2, err: expect.stringContaining('INGEST_PROCESSES: wants an integer') })
   })
+
+  test('a_number_of_processes_that_is_none_is_told_by_the_name_it_was_given_by', async () => {
+    const option = await calltape(['ingest', '--processes', 'many'], environment)
+    expect(option).toMatchObject({ code: 2, err: 'calltape: --processes wants an integer from 0 to 64, got many\n' })
+    const empty = await calltape(['sink', '--processes', ''], environment)
+    expect(empty).toMatchObject({ code: 2, err: expect.stringContaining('--processes wants an integer') })
+    const setting = await calltape(['ingest'], { ...environment, INGEST_PROCESSES: 'many' })
+    expect(setting).toMatchObject({ code: 2, err: expect.stringContaining('INGEST_PROCESSES: wants an integer') })
+  })
+
+  test.each(['a_port_that_is_given', 'any_port'])(
+    'the_first_one_is_started_again_on_the_same_port_with_%s',
+    async (given) => {
+      const INGEST_PORT = given === 'any_port' ? '0' : String(await lastingPort())
+      const { service, url, logFile } = await run('ingest', { INGEST_PORT })
+      const [first, second] = childrenOf(service.pid)
+      process.kill(first!, 'SIGKILL')
+      const starts = () => readFileSync(logFile, 'utf8').match(/"slot":0,.*ingest listens/g)?.length
+      await until('the first one listens again', () => starts() === 2)
+      await until('there are two again', async () => {
+        return /^calltape_ingest_processes 2$/m.test((await ask(url, '/metrics')).text)
+      })
+      // Now nobody else has the port: who answers is the one that was started again.
+      process.kill(second!, 'SIGKILL')
+      await until('the other one is dead', () => !isAlive(second!))
+      expect((await ask(url, '/healthz')).status).toBe(200)
+      const listened = readFileSync(logFile, 'utf8').matchAll(/"url":"([^"]+)"/g)
+      expect(new Set([...listened].map(([, where]) => where))).toEqual(new Set([url]))
+    },
+  )
 
   test('SIGTERM_stops_all_of_them_with_all_that_was_acked_in_Redis', async () => {
     const { service, url } = await run('ingest')
@@ -274,6 +303,7 @@ describe('sink', () => {
       expect(await ask(url, '/readyz')).toEqual({ status: 503, text: 'process 1: no answer within 2500 ms\n' })
       expect(await figure(url, 'calltape_sink_turns_total')).toBe(100)
       expect(await figure(url, 'calltape_sink_processes')).toBe(1)
+      expect(await figure(url, 'calltape_sink_processes_wanted')).toBe(2)
       expect((await ask(url, '/healthz')).status).toBe(200)
     } finally {
       process.kill(second!, 'SIGCONT')

@@ -1,6 +1,12 @@
 import { expect, test } from 'vitest'
 import type { MetricValues } from '../../shared/group.js'
-import { createIngestMetrics, createSinkMetrics, type IngestMetrics, type SinkMetrics } from '../../shared/metrics.js'
+import {
+  createGroupMetrics,
+  createIngestMetrics,
+  createSinkMetrics,
+  type IngestMetrics,
+  type SinkMetrics,
+} from '../../shared/metrics.js'
 import { addUp, counted, keepCounts } from './figures.js'
 
 const valuesOf = ({ registry }: SinkMetrics | IngestMetrics): Promise<MetricValues> => registry.getMetricsAsJSON()
@@ -45,6 +51,20 @@ test('counters_histograms_and_gauges_of_a_process_add_up', async () => {
   expect(line(text, 'calltape_sink_batch_rows_sum')).toBe('9')
   expect(line(text, 'calltape_sink_batches_in_hand')).toBe('3')
   expect(line(text, 'calltape_sink_processes')).toBe('2')
+})
+
+test('a_group_says_how_many_processes_there_should_be_also_while_none_answers', async () => {
+  const group = await createGroupMetrics('sink', 3).getMetricsAsJSON()
+  const ofTwo = await sinks(
+    () => undefined,
+    () => undefined,
+  )
+  for (const [processes, members] of [[2, ofTwo] as const, [0, []] as const]) {
+    const text = await addUp([group, ...members])
+    expect(line(text, 'calltape_sink_processes')).toBe(String(processes))
+    expect(line(text, 'calltape_sink_processes_wanted')).toBe('3')
+  }
+  expect(line(await addUp(await sinks(() => undefined)), 'calltape_sink_processes_wanted'), 'one alone').toBe('1')
 })
 
 test('what_is_up_is_up_only_if_it_is_so_everywhere', async () => {

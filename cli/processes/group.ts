@@ -3,9 +3,11 @@
  * what all of them say together. It is on no event's way.
  */
 
+import type { Registry } from 'prom-client'
 import type { Environment } from '../../shared/config.js'
-import type { Told } from '../../shared/group.js'
+import type { MetricValues, Told, Waiting } from '../../shared/group.js'
 import type { Logger } from '../../shared/log.js'
+import { createGroupMetrics } from '../../shared/metrics.js'
 import { addUp } from './figures.js'
 import { Slot } from './slot.js'
 
@@ -20,8 +22,11 @@ export interface GroupOptions {
 export class ProcessGroup implements Told {
   private readonly slots: Slot[] = []
   private isStopping = false
+  private readonly own: Registry
 
-  constructor(private readonly options: GroupOptions) {}
+  constructor(private readonly options: GroupOptions) {
+    this.own = createGroupMetrics(options.name, options.size)
+  }
 
   /**
    * The first one alone: what keeps it from starting would keep them all, and is told once.
@@ -34,7 +39,8 @@ export class ProcessGroup implements Told {
       const url = await this.add().start()
       const port = url === '' ? undefined : Number(new URL(url).port || (url.startsWith('https') ? 443 : 80))
       if (this.isStopping) return url
-      const others = Array.from({ length: this.options.size - 1 }, () => this.add(port))
+      const others = Array.from({ length: this.options.size - 1 }, () => this.add())
+      if (port !== undefined) for (const slot of this.slots) slot.join(port)
       const started = await Promise.allSettled(others.map((slot) => slot.start()))
       for (const result of started) if (result.status === 'rejected') throw result.reason
       return url
@@ -50,26 +56,34 @@ export class ProcessGroup implements Told {
   }
 
   async metrics(): Promise<string> {
-    return addUp((await Promise.all(this.slots.map((slot) => slot.metrics()))).flat())
+    const own = (await this.own.getMetricsAsJSON()) as MetricValues
+    return addUp([own, ...(await Promise.all(this.slots.map((slot) => slot.metrics()))).flat()])
   }
 
   /** All that serve must be ready: whoever gets the next connection can do its job. One that is being started gets none. */
-  async ready(): Promise<void> {
+  async ready(): Promise<Waiting | undefined> {
     const serving = [...this.slots.entries()].filter(([, slot]) => slot.serves)
     if (serving.length === 0) throw new Error('no process serves')
     const ask = ([place, slot]: [number, Slot]) =>
       slot.ready().catch((error: Error) => {
         throw new Error(`process ${place}: ${error.message}`)
       })
-    await Promise.all(serving.map(ask))
+    return together((await Promise.all(serving.map(ask))).filter((waiting) => waiting !== undefined))
   }
 
-  private add(port?: number): Slot {
+  private add(): Slot {
     const { name, size, environment, log } = this.options
     const slot = this.slots.length
-    const args = ['--slot', `${slot}/${size}`, ...(port === undefined ? [] : ['--port', String(port)])]
-    const added = new Slot({ name, slot, args, environment, told: this, log })
+    const added = new Slot({ name, slot, args: ['--slot', `${slot}/${size}`], environment, told: this, log })
     this.slots.push(added)
     return added
   }
+}
+
+/** Several processes may have events of one partition, and the same to say of its server. */
+function together(waiting: Waiting[]): Waiting | undefined {
+  if (waiting.length === 0) return undefined
+  const partitions = new Set(waiting.flatMap((each) => each.partitions))
+  const reasons = new Set(waiting.map(({ reason }) => reason))
+  return { partitions: [...partitions].sort((a, b) => a - b), reason: [...reasons].join('; ') }
 }

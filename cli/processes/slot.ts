@@ -4,7 +4,7 @@ import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { backoffMs } from '../../shared/backoff.js'
 import { childEnvironment, type Environment } from '../../shared/config.js'
-import type { MetricValues, Told } from '../../shared/group.js'
+import type { MetricValues, Told, Waiting } from '../../shared/group.js'
 import type { Logger } from '../../shared/log.js'
 import { PACKAGE_ROOT } from '../../shared/package-root.js'
 import { Channel } from './channel.js'
@@ -47,6 +47,7 @@ export class Slot {
   private isServing = false
   private isStopping = false
   private failures = 0
+  private port: number | undefined
   /** What its process said last. */
   private last: MetricValues = []
   /** What those before it had counted. */
@@ -56,6 +57,11 @@ export class Slot {
 
   get serves(): boolean {
     return this.isServing
+  }
+
+  /** Who is started in it from now on shares `port`: whether anybody else has it is asked no more, for others of us do. */
+  join(port: number): void {
+    this.port = port
   }
 
   /**
@@ -95,14 +101,15 @@ export class Slot {
     }
   }
 
-  /** @throws why it cannot do its job */
-  async ready(): Promise<void> {
-    await this.channel?.ask('ready', ANSWER_TIMEOUT_MS)
+  /** @returns what waits nevertheless @throws why it cannot do its job */
+  async ready(): Promise<Waiting | undefined> {
+    return (await this.channel?.ask('ready', ANSWER_TIMEOUT_MS)) as Waiting | undefined
   }
 
   private async launch(): Promise<string> {
     const { name, args, environment, told } = this.options
-    const child = fork(join(PACKAGE_ROOT, 'dist/cli/calltape.js'), [name, ...args], {
+    const shared = this.port === undefined ? [] : ['--port', String(this.port)]
+    const child = fork(join(PACKAGE_ROOT, 'dist/cli/calltape.js'), [name, ...args, ...shared], {
       env: childEnvironment(environment),
       execArgv: [],
       stdio: ['ignore', 'inherit', 'inherit', 'ipc'],

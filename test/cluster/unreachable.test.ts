@@ -1,12 +1,16 @@
 /** A shard that is down, or hangs, and has no replica to take over: the others' calls go on, and its own wait for it. */
+import { mkdtemp, rm } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { Command } from 'ioredis'
 import { afterAll, beforeAll, expect, inject, onTestFinished, test } from 'vitest'
-import { readConfig } from '../../shared/config.js'
+import { type Environment, readConfig } from '../../shared/config.js'
 import { PARTITIONS_KEY, Partitions } from '../../shared/keys.js'
 import { startSink } from '../../sink/sink.js'
 import { testIngest, Wire } from '../support/ingest.js'
 import { figure } from '../support/metrics.js'
+import { Service } from '../support/processes.js'
 import { calltape } from '../support/program.js'
 import { freshDatabase, log, until } from '../support/stores.js'
 import { turn } from '../support/streams.js'
@@ -33,6 +37,20 @@ async function callsOn(port: number, count: number): Promise<string[]> {
   return sids
 }
 
+/** As `calltape ingest --processes 2`, from dist/. */
+async function severalProcesses(environment: Environment): Promise<{ url: string }> {
+  const folder = await mkdtemp(join(tmpdir(), 'calltape-unreachable-'))
+  const given = { ...environment, INGEST_PORT: '0', INGEST_PROCESSES: '2' }
+  const logFile = join(folder, 'ingest.log')
+  const service = new Service({ name: 'ingest', environment: given, logFile, unsupervised: true })
+  onTestFinished(async () => {
+    await service.stop()
+    await service.end()
+    await rm(folder, { recursive: true })
+  })
+  return { url: await service.serves() }
+}
+
 /** To find out that a server hangs takes seconds, again and again: only in `npm run test:cluster`. */
 const WAYS = inject('cluster') ? (['is_down', 'hangs'] as const) : (['is_down'] as const)
 
@@ -53,7 +71,8 @@ for (const way of WAYS) {
 
     const needed = await cluster.masterOf(slotOf(PARTITIONS_KEY))
     const [dead, other] = (await cluster.masters()).filter((port) => port !== needed)
-    const deadCalls = await callsOn(dead!, 5)
+    const onDead = await callsOn(dead!, 10)
+    const [deadCalls, deadCallsOfSeveral] = [onDead.slice(0, 5), onDead.slice(5)]
     const liveCalls = [...(await callsOn(other!, 5)), ...(await callsOn(needed, 5))]
     const wires = new Map<string, Wire>()
     for (const sid of [...deadCalls, ...liveCalls]) wires.set(sid, await Wire.open(ingest, `?call_sid=${sid}`))
@@ -66,12 +85,15 @@ for (const way of WAYS) {
       return rows[0]!.n === sids.length * turns
     }
     const all = [...deadCalls, ...liveCalls]
+    const several = await severalProcesses(environment)
     say(all, 0)
     await until('all are stored', () => stored(all, 1))
 
     if (way === 'is_down') await cluster.kill(dead!)
     else await cluster.server(dead!).signal('SIGSTOP')
     onTestFinished(() => (way === 'is_down' ? undefined : cluster.server(dead!).signal('SIGCONT')))
+    const wiresOfSeveral = await Promise.all(deadCallsOfSeveral.map(() => Wire.open(several)))
+    for (const [i, sid] of deadCallsOfSeveral.entries()) wiresOfSeveral[i]!.send(turn(sid, 0))
     for (let seq = 1; seq <= 5; seq++) {
       say(all, seq)
       await until(`turn ${seq} of the others is acked and stored`, async () => {
@@ -94,6 +116,15 @@ for (const way of WAYS) {
       const answer = await fetch(`${ingest.url}/readyz`)
       return answer.status === 200 && JSON.stringify(await answer.json()).includes('waiting')
     })
+    const theirs = new Set(deadCallsOfSeveral.map((sid) => partitions.of(sid).partition))
+    const waiting = await until('several processes have, too', async () => {
+      const answer = await fetch(`${several.url}/readyz`)
+      if (answer.status !== 200) throw new Error(await answer.text())
+      const { waiting } = (await answer.json()) as { waiting?: { partitions: number[]; reason: string } }
+      return waiting?.partitions.length === theirs.size && waiting
+    })
+    expect(new Set(waiting.partitions)).toEqual(theirs)
+    expect(waiting.reason).toMatch(/\S/)
 
     if (way === 'is_down') {
       const { code, out, err } = await calltape(['verify'], environment)
@@ -107,6 +138,7 @@ for (const way of WAYS) {
     else await cluster.server(dead!).signal('SIGCONT')
     await until('its events are acked', () => deadCalls.every((sid) => wires.get(sid)!.acked === 6), 20_000)
     await until('its events are stored', () => stored(deadCalls, 6), 20_000)
+    await until('those of several processes, too', () => stored(deadCallsOfSeveral, 1), 20_000)
     for (const sink of sinks) expect(await figure(sink.url, 'calltape_sink_lost_streams_total')).toBe(0)
     expect((await fetch(`${sinks[0]!.url}/readyz`)).status).toBe(200)
   })
