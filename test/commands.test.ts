@@ -47,7 +47,8 @@ beforeEach(() => {
 
 describe('at a terminal', () => {
   test('ctrl_c_ends_a_replay_with_its_report', async () => {
-    await calls.producer.store(...seqs(6000).map((n) => turn(sid, n)))
+    // More than two batches: at this rate the second one waits, and what is in hand when it is stopped is stored to its end.
+    await calls.producer.store(...seqs(12_000).map((n) => turn(sid, n)))
     await calls.settled(sid)
     await calls.query('DELETE FROM call_transcript_turns WHERE call_sid = $1', sid)
     const { child, said, closed } = start(['replay', '--call', sid, '--rate', '100'], { before: AT_A_TERMINAL })
