@@ -3,7 +3,8 @@
  * (https://redis.io/docs/latest/develop/reference/protocol-spec/: an array of bulk strings.)
  *
  * ioredis joins a command's arguments to one string, which is copied three times more on its way, and as 16-bit units if one
- * character of one event is beyond Latin-1. For an append with its hundreds of events that took 1 µs an event longer.
+ * character of one event is beyond Latin-1. Measured together with keeping the buffer and letting parsed events go early: 2.5 µs an
+ * event less for an append of hundreds.
  */
 import { Command, type Redis } from 'ioredis'
 import type { Script } from '../shared/redis.js'

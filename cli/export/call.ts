@@ -69,7 +69,7 @@ const CALL = `
     meta, last_event_at, finalized_at
   FROM call_sessions WHERE call_sid = $1`
 
-/** The order is fold.sql's. */
+/** The order is fold.sql's, told by numbers. */
 const TURNS = `
   SELECT turn_id, seq, speaker, text, spoken_at, started_at, ended_at, confidence, language, interrupted, meta, stream_id
   FROM (
