@@ -76,6 +76,7 @@ class Call {
       deadline: 0,
       cursor: this.cursor,
       waiting: entries.length,
+      counted: entries.length,
       read: -1,
       finalized: this.finalized,
       lapses: 0,
