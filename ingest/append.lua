@@ -42,7 +42,9 @@ local time = redis.call('TIME')
 local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
 -- As text, once: Redis prints a number of Lua's anew for each command that gets it, which takes as long as the command itself.
 local function text(number) return string.format('%.0f', number) end
-local now, idle, over = text(now_ms), text(now_ms + ARGV[3]), text(now_ms + ARGV[4])
+-- (The first is given a little more than it is told, so that it need not be told again with every event.)
+local now, idle, over = text(now_ms), text(now_ms + ARGV[3] + math.floor(ARGV[3] / 16)), text(now_ms + ARGV[4])
+local far = now_ms + math.max(ARGV[3], ARGV[4])
 local partitions = tonumber(ARGV[5])
 local call_key = 3 + 4 * partitions
 local arg = 6
@@ -97,9 +99,9 @@ local function set_session(session, first, count)
 end
 
 -- What is told of the calls of a partition together: a command for many of them costs hardly more than one for one.
-local opened, news = {}, {}
+local opened, news, turns = {}, {}, {}
 for p = 1, partitions do
-  opened[p], news[p] = {}, {}
+  opened[p], news[p], turns[p] = {}, {}, { sids = {}, sessions = {} }
 end
 
 -- Once a call has ended, whatever comes late does not open it again; nor does what comes of a call that seems over, such
@@ -119,6 +121,14 @@ local function keep_open(p, sid, session, resumes)
     local its = opened[p]
     its[#its + 1] = seems_over and over or idle
     its[#its + 1] = sid
+  end
+end
+
+-- Of calls that have turns only. One that is open, and will be for the whole time after this one, has not ended and does not seem over.
+local function keep_talking_open(p)
+  local sids, sessions = turns[p].sids, turns[p].sessions
+  for i, deadline in ipairs(redis.call('ZMSCORE', KEYS[4 * p + 1], unpack(sids))) do
+    if not deadline or tonumber(deadline) < far then keep_open(p, sids[i], sessions[i], true) end
   end
 end
 
@@ -151,13 +161,20 @@ while arg <= #ARGV do
   -- Of a call that is refused, what came before the error is stored all the same. What its session would say may be of the rest.
   if not err then set_session(session, fields + 1, field_count) end
   if not err or appended > 0 then
-    keep_open(p, sid, session, ARGV[arg + 3] == '1')
+    local resumes = ARGV[arg + 3] == '1'
+    if resumes and field_count == 0 then
+      local its = turns[p]
+      its.sids[#its.sids + 1], its.sessions[#its.sessions + 1] = sid, session
+    else
+      keep_open(p, sid, session, resumes)
+    end
     news[p][#news[p] + 1] = sid
   end
   call_key = call_key + 2
   arg = fields + field_count + 1
 end
 for p = 1, partitions do
+  if #turns[p].sids > 0 then keep_talking_open(p) end
   if #opened[p] > 0 then redis.call('ZADD', KEYS[4 * p + 1], unpack(opened[p])) end
   if #news[p] > 0 then make_ready(p) end
 end

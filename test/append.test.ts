@@ -40,12 +40,35 @@ test('a_call_with_entries_is_ready_since_the_first_of_them_and_open', async () =
   // The script asks for the time before XADD does.
   const [id] = (await entriesOf(redis, sid))[0]!
   expect(Math.abs(first.ready! - Number.parseInt(id, 10))).toBeLessThan(1000)
-  expect(first.open! - first.ready!).toBe(60_000)
-  await new Promise((resolve) => setTimeout(resolve, 5))
+  expect(first.open! - first.ready!).toBe(60_000 + 60_000 / 16)
   await producer.store(turn(sid, 1))
-  const second = await placesOf(redis, sid)
-  expect(second.ready).toBe(first.ready)
-  expect(second.open).toBeGreaterThan(first.open!)
+  expect((await placesOf(redis, sid)).ready).toBe(first.ready)
+})
+
+test('each_turn_of_an_open_call_keeps_it_open_for_the_whole_time_and_hardly_longer', async () => {
+  const IDLE_MS = 1600
+  const producer = new Producer(redis, { idleTimeoutMs: IDLE_MS, disconnectGraceMs: 100 })
+  const dues = new Set<number>()
+  for (let seq = 0; seq < 40; seq++) {
+    await producer.store(turn(sid, seq))
+    const [id] = (await entriesOf(redis, sid)).at(-1)!
+    const { open } = await placesOf(redis, sid)
+    const leftMs = open! - Number.parseInt(id, 10)
+    expect(leftMs).toBeGreaterThanOrEqual(IDLE_MS - 1) // the script asks for the time before XADD does
+    expect(leftMs).toBeLessThanOrEqual(IDLE_MS + IDLE_MS / 16)
+    dues.add(open!)
+    await new Promise((resolve) => setTimeout(resolve, 10))
+  }
+  expect(dues.size, 'moved now and then, not with each turn').toBeLessThan(20)
+  expect(dues.size).toBeGreaterThan(1)
+})
+
+test('a_turn_of_a_call_that_seems_over_keeps_it_open_for_the_grace_alone', async () => {
+  const producer = new Producer(redis, { idleTimeoutMs: 1000, disconnectGraceMs: 60_000 })
+  await producer.store(turn(sid, 0), { type: 'call.status', call_sid: sid, status: 'completed' })
+  await redis.client.zadd(redis.partitions.of(sid).open, 'XX', Date.now() + 1000, sid)
+  await producer.store(turn(sid, 1))
+  expect((await placesOf(redis, sid)).open! - Date.now(), 'a grace longer than the idle time').toBeGreaterThan(50_000)
 })
 
 test('a_batch_sent_again_is_applied_once', async () => {
