@@ -2,7 +2,8 @@
  * A backlog that grows while sinks look elsewhere. Ingest writes into the Redis database BEHIND, the sinks work on database 0; SWAPDB
  * hands them the backlog at one moment. So sinks that have run for a while drain all of it, and nothing of it beforehand.
  */
-import { lanesOf, openPartitions } from '../shared/redis.js'
+import { lanesOf } from '../shared/lanes.js'
+import { openPartitions } from '../shared/redis.js'
 import type { Bench } from './context.js'
 import type { Round } from './end-to-end.js'
 import { type Load, makeLoad } from './load.js'

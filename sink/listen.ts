@@ -7,8 +7,9 @@
 import { Cluster, type Redis } from 'ioredis'
 import { addressOf } from '../shared/cluster.js'
 import type { Partitions } from '../shared/keys.js'
+import { type Lane, lanesOf, someOf } from '../shared/lanes.js'
 import type { Logger } from '../shared/log.js'
-import { type Lane, lanesOf, type RedisClient, someOf, subscriberTo } from '../shared/redis.js'
+import { type RedisClient, subscriberTo } from '../shared/redis.js'
 import type { Wake } from './wake.js'
 
 export interface Listening {

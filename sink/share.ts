@@ -15,7 +15,9 @@
  */
 import { randomUUID } from 'node:crypto'
 import { hash, type PartitionKeys, type Partitions, SINKS_KEY } from '../shared/keys.js'
-import { type Lane, lanesOf, type RedisClient, Script, someOf } from '../shared/redis.js'
+import { type Lane, lanesOf, someOf } from '../shared/lanes.js'
+import type { RedisClient } from '../shared/redis.js'
+import { Script } from '../shared/script.js'
 import type { Wake } from './wake.js'
 
 const announceScript = new Script('sink/announce.lua')
