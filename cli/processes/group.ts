@@ -10,12 +10,15 @@ import type { Logger } from '../../shared/log.js'
 import { createGroupMetrics } from '../../shared/metrics.js'
 import { addUp } from './figures.js'
 import { Slot } from './slot.js'
+import { PATIENCE, type Patience } from './watchdog.js'
 
 export interface GroupOptions {
   name: 'ingest' | 'sink'
   size: number
   /** Theirs, where it differs from ours. */
   environment: Environment
+  /** With a process that does not answer; half a minute, if absent. */
+  patience?: Patience
   log: Logger
 }
 
@@ -72,9 +75,10 @@ export class ProcessGroup implements Told {
   }
 
   private add(): Slot {
-    const { name, size, environment, log } = this.options
+    const { name, size, environment, patience = PATIENCE, log } = this.options
     const slot = this.slots.length
-    const added = new Slot({ name, slot, args: ['--slot', `${slot}/${size}`], environment, told: this, log })
+    const args = ['--slot', `${slot}/${size}`]
+    const added = new Slot({ name, slot, args, environment, told: this, patience, log })
     this.slots.push(added)
     return added
   }

@@ -9,6 +9,7 @@ import type { Logger } from '../../shared/log.js'
 import { PACKAGE_ROOT } from '../../shared/package-root.js'
 import { Channel } from './channel.js'
 import { counted, keepCounts } from './figures.js'
+import { hangs, type Patience } from './watchdog.js'
 
 const FIRST_PAUSE_MS = 200
 const MAX_PAUSE_MS = 10_000
@@ -37,6 +38,8 @@ export interface SlotOptions {
   environment: Environment
   /** What its process may ask of all. */
   told: Told
+  /** With a process that does not answer. */
+  patience: Patience
   log: Logger
 }
 
@@ -116,8 +119,9 @@ export class Slot {
       serialization: 'advanced', // JSON has no NaN
       detached: true, // Ctrl-C is for us: we stop all, and start none again
     })
+    const channel = new Channel(child, told)
     this.child = child
-    this.channel = new Channel(child, told)
+    this.channel = channel
     this.exited = new Promise((resolve) => {
       child.once('exit', () => {
         this.isServing = false
@@ -131,12 +135,22 @@ export class Slot {
         if (url === undefined) return
         child.off('message', onMessage)
         this.isServing = true
+        void this.watch(child, channel)
         resolve(url)
       }
       child.on('message', onMessage)
       child.once('exit', (code, signal) => reject(new NotStarted(code, signal ?? `exit code ${code}`)))
       child.once('error', reject)
     })
+  }
+
+  /** From when it serves until it is to stop: `stop` has a limit of its own. */
+  private async watch(child: ChildProcess, channel: Channel): Promise<void> {
+    const { log, slot, patience } = this.options
+    const isWatched = () => child.connected && !this.isStopping
+    if (!(await hangs((timeoutMs) => channel.ask('alive', timeoutMs), isWatched, patience))) return
+    log.error({ slot, silentMs: patience.everyMs * patience.questions }, 'a process hangs: it is killed')
+    child.kill('SIGKILL')
   }
 
   private async supervise(): Promise<void> {
