@@ -50,6 +50,9 @@ function always(gauge: Gauge, value: number): Gauge {
   return gauge
 }
 
+/** Of a gauge without labels. */
+const currentOf = async (gauge: Gauge): Promise<number> => (await gauge.get()).values[0]!.value
+
 /** A gauge that says nothing until it is set: what nobody knows is not 0. */
 export function unset<G extends Gauge>(gauge: G): G {
   gauge.remove()
@@ -93,6 +96,18 @@ function metricsIn(registry: Registry, prefix: string) {
     gauge: gaugeBy('sum'),
     highest: gaugeBy('max'),
     lowest: gaugeBy('min'),
+    /**
+     * Each process has a limit of its own: one that refuses events already would not show beside others that are empty, if what
+     * they have and what they may have were added up first.
+     */
+    filled: (what: string, used: Gauge, max: Gauge) =>
+      new Gauge({
+        ...named(`${what}_filled_ratio`, `How full the ${what} is; of several processes, the fullest`),
+        aggregator: 'max',
+        async collect() {
+          this.set((await currentOf(used)) / (await currentOf(max)) || 0) // without a spool, 0 of 0
+        },
+      }),
     seconds: (name: string, help: string) => new Histogram({ ...named(name, help), buckets: SECONDS }),
     sizes: (name: string, help: string) => new Histogram({ ...named(name, help), buckets: SIZES }),
   }
@@ -111,6 +126,46 @@ export function createGroupMetrics(name: 'ingest' | 'sink', size: number): Regis
   const registry = new Registry()
   processesOf(metricsIn(registry, `calltape_${name}`), `${name.toUpperCase()}_PROCESSES`, 0, size)
   return registry
+}
+
+function queueOf({ filled, gauge }: Makers) {
+  const queuedBytes = gauge('queued_bytes', 'Bytes of events that wait for Redis')
+  const queueMaxBytes = gauge('queue_max_bytes', 'MAX_QUEUE_BYTES: beyond that, events are refused')
+  return {
+    queuedEvents: gauge('queued_events', 'Events that wait for Redis, those in flight included'),
+    queuedBytes,
+    queueMaxBytes,
+    queueFilled: filled('queue', queuedBytes, queueMaxBytes),
+  }
+}
+
+function spoolOf({ counter, filled, gauge }: Makers) {
+  const spoolBytes = gauge('spool_bytes', 'Bytes in the spool')
+  const spoolMaxBytes = gauge('spool_max_bytes', 'SPOOL_MAX_BYTES; 0 without a spool')
+  return {
+    spoolBytes,
+    spoolMaxBytes,
+    spoolFilled: filled('spool', spoolBytes, spoolMaxBytes),
+    spoolEvents: gauge(
+      'spool_events',
+      'Events in the spool; those that an earlier process left count once they are read',
+    ),
+    spooled: counter('spooled_events_total', 'Events that went to the disk because Redis did not take them'),
+    spoolReplayed: counter('spool_replayed_events_total', 'Events of the spool that Redis has stored'),
+    spoolDamaged: counter(
+      'spool_damaged_records_total',
+      'Records of the spool that were changed on the disk, and are lost',
+    ),
+    spoolFailures: fromZero(
+      counter(
+        'spool_failures_total',
+        'What the spool could not do: it was full, the disk failed, or another process took it over',
+        'reason',
+      ),
+      'reason',
+      SPOOL_FAILURES,
+    ),
+  }
 }
 
 export type IngestMetrics = ReturnType<typeof createIngestMetrics>
@@ -145,35 +200,13 @@ export function createIngestMetrics() {
       'code',
       [...CLOSE_CODES, OTHER],
     ),
-    queuedEvents: gauge('queued_events', 'Events that wait for Redis, those in flight included'),
-    queuedBytes: gauge('queued_bytes', 'Bytes of events that wait for Redis'),
-    queueMaxBytes: gauge('queue_max_bytes', 'MAX_QUEUE_BYTES: beyond that, events are refused'),
+    ...queueOf(makers),
     inFlight: gauge('flushes_in_flight', 'Appends sent to Redis and not answered yet'),
     flushEvents: sizes('flush_events', 'Events in one append'),
     flushSeconds: seconds('flush_seconds', 'Time from sending an append to its reply'),
     flushFailures: counter('flush_failures_total', 'Appends that failed and were sent again'),
     redisUp: lowest('redis_up', '1 while there is a connection to Redis, else 0'),
-    spoolBytes: gauge('spool_bytes', 'Bytes in the spool'),
-    spoolMaxBytes: gauge('spool_max_bytes', 'SPOOL_MAX_BYTES; 0 without a spool'),
-    spoolEvents: gauge(
-      'spool_events',
-      'Events in the spool; those that an earlier process left count once they are read',
-    ),
-    spooled: counter('spooled_events_total', 'Events that went to the disk because Redis did not take them'),
-    spoolReplayed: counter('spool_replayed_events_total', 'Events of the spool that Redis has stored'),
-    spoolDamaged: counter(
-      'spool_damaged_records_total',
-      'Records of the spool that were changed on the disk, and are lost',
-    ),
-    spoolFailures: fromZero(
-      counter(
-        'spool_failures_total',
-        'What the spool could not do: it was full, the disk failed, or another process took it over',
-        'reason',
-      ),
-      'reason',
-      SPOOL_FAILURES,
-    ),
+    ...spoolOf(makers),
   }
 }
 
