@@ -6,9 +6,9 @@ import type { Group, Member, Waiting } from '../shared/group.js'
 import { createLog, type Logger } from '../shared/log.js'
 import { SETTINGS } from '../shared/settings.js'
 import { changedSettings } from '../shared/settings-shown.js'
+import { NotStarted } from './child.js'
 import { Channel } from './processes/channel.js'
 import { ProcessGroup } from './processes/group.js'
-import { NotStarted } from './processes/slot.js'
 
 type Name = 'ingest' | 'sink'
 

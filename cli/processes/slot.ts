@@ -1,12 +1,11 @@
 /** One process of a group: started, started again when it dies, asked, stopped. */
-import { type ChildProcess, fork } from 'node:child_process'
-import { join } from 'node:path'
+import type { ChildProcess } from 'node:child_process'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { backoffMs } from '../../shared/backoff.js'
-import { childEnvironment, type Environment } from '../../shared/config.js'
+import type { Environment } from '../../shared/config.js'
 import type { MetricValues, Told, Waiting } from '../../shared/group.js'
 import type { Logger } from '../../shared/log.js'
-import { PACKAGE_ROOT } from '../../shared/package-root.js'
+import { hasEnded, NotStarted, PROGRAM, startChild, stopChild } from '../child.js'
 import { Channel } from './channel.js'
 import { counted, keepCounts } from './figures.js'
 import { hangs, type Patience } from './watchdog.js'
@@ -19,16 +18,6 @@ const LONG_LIFE_MS = 30_000
 const ANSWER_TIMEOUT_MS = 2500
 /** Above what a process gives itself to finish, below what is promised for the whole. */
 const STOP_TIMEOUT_MS = 9000
-
-/** It ended before it served; why, it has said itself. */
-export class NotStarted extends Error {
-  constructor(
-    readonly exitCode: number | null,
-    how: string,
-  ) {
-    super(how)
-  }
-}
 
 export interface SlotOptions {
   name: 'ingest' | 'sink'
@@ -81,14 +70,10 @@ export class Slot {
   /** Resolves when there is no process any more. */
   async stop(): Promise<void> {
     this.isStopping = true
-    const { child } = this
-    child?.kill('SIGTERM')
-    const timer = setTimeout(() => {
-      this.options.log.error({ slot: this.options.slot }, 'a process does not stop: it is killed')
-      child?.kill('SIGKILL')
-    }, STOP_TIMEOUT_MS)
+    if (this.child && !(await stopChild(this.child, 'SIGTERM', STOP_TIMEOUT_MS))) {
+      this.options.log.error({ slot: this.options.slot }, 'a process did not stop: it was killed')
+    }
     await this.exited
-    clearTimeout(timer)
   }
 
   /** What it and those before it have counted; gauges only if it answers. */
@@ -112,13 +97,7 @@ export class Slot {
   private async launch(): Promise<string> {
     const { name, args, environment, told } = this.options
     const shared = this.port === undefined ? [] : ['--port', String(this.port)]
-    const child = fork(join(PACKAGE_ROOT, 'dist/cli/calltape.js'), [name, ...args, ...shared], {
-      env: childEnvironment(environment),
-      execArgv: [],
-      stdio: ['ignore', 'inherit', 'inherit', 'ipc'],
-      serialization: 'advanced', // JSON has no NaN
-      detached: true, // Ctrl-C is for us: we stop all, and start none again
-    })
+    const { process: child, serving } = startChild(PROGRAM, [name, ...args, ...shared], environment, 'inherit')
     const channel = new Channel(child, told)
     this.child = child
     this.channel = channel
@@ -129,19 +108,10 @@ export class Slot {
       })
       child.on('error', () => child.pid === undefined && resolve()) // then there is no 'exit'
     })
-    return await new Promise<string>((resolve, reject) => {
-      const onMessage = (message: unknown) => {
-        const { url } = message as { url?: string }
-        if (url === undefined) return
-        child.off('message', onMessage)
-        this.isServing = true
-        void this.watch(child, channel)
-        resolve(url)
-      }
-      child.on('message', onMessage)
-      child.once('exit', (code, signal) => reject(new NotStarted(code, signal ?? `exit code ${code}`)))
-      child.once('error', reject)
-    })
+    const url = await serving
+    this.isServing = !hasEnded(child)
+    void this.watch(child, channel)
+    return url
   }
 
   /** From when it serves until it is to stop: `stop` has a limit of its own. */
