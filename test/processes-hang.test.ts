@@ -11,7 +11,7 @@ const TOO_LONG_MS = PATIENCE.everyMs * PATIENCE.questions + 1000
 
 let redis: RedisDatabase
 let group: ProcessGroup
-let lines: { slot: number; msg: string }[] = []
+let lines: { process: number; msg: string }[] = []
 beforeAll(async () => {
   redis = await freshRedis()
   group = new ProcessGroup({
@@ -40,8 +40,8 @@ test('a_process_that_hangs_is_killed_and_another_one_takes_its_place', async () 
   await until('it is dead', () => !isAlive(first!))
   await until('there are two again', answers)
   expect(lines).toMatchObject([
-    { slot: 0, msg: 'a process hangs: it is killed' },
-    { slot: 0, msg: 'a process died: it is started again', signal: 'SIGKILL' },
+    { process: 0, msg: 'a process hangs: it is killed' },
+    { process: 0, msg: 'a process died: it is started again', signal: 'SIGKILL' },
   ])
   expect(processes(), 'the other one').toContain(second)
   await group.ready()
