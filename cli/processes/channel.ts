@@ -26,7 +26,9 @@ export class Channel {
     try {
       return await new Promise((resolve, reject) => {
         this.waiting.set(id, { resolve, reject })
-        timer = setTimeout(() => reject(new Error(`no answer within ${timeoutMs} ms`)), timeoutMs)
+        const giveUp = () => reject(new Error(`no answer within ${timeoutMs} ms`))
+        // Not before what has come is read: when this process is late itself, the answer may have been there for long.
+        timer = setTimeout(() => setImmediate(giveUp), timeoutMs)
         this.send({ ask: id, what }, reject)
       })
     } finally {
