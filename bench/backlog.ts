@@ -2,6 +2,7 @@
  * A backlog that grows while sinks look elsewhere. Ingest writes into the Redis database BEHIND, the sinks work on database 0; SWAPDB
  * hands them the backlog at one moment. So sinks that have run for a while drain all of it, and nothing of it beforehand.
  */
+import type { Environment } from '../shared/config.js'
 import { lanesOf } from '../shared/lanes.js'
 import { openPartitions } from '../shared/redis.js'
 import type { Bench } from './context.js'
@@ -28,13 +29,14 @@ export class Drain {
     private readonly sinks: Running[],
   ) {}
 
-  static async open(bench: Bench, sinkCount: number): Promise<Drain> {
+  /** @param ofSinks settings of theirs */
+  static async open(bench: Bench, sinkCount: number, ofSinks: Environment = {}): Promise<Drain> {
     await bench.reset()
     const behind = new URL(bench.stores.redis.url)
     behind.pathname = `/${BEHIND}`
     const [ingest, sinks] = await Promise.all([
-      startServices(bench, 'ingest', 1, behind.href),
-      startServices(bench, 'sink', sinkCount),
+      startServices(bench, 'ingest', 1, { REDIS_URL: behind.href }),
+      startServices(bench, 'sink', sinkCount, ofSinks),
     ])
     const drain = new Drain(bench, ingest[0]!, sinks)
     await drain.round(Math.min(bench.options.calls, WARM_UP_CALLS))

@@ -2,7 +2,7 @@
 
 import type { Client } from '../client/client.js'
 import type { Bench } from './context.js'
-import { talkAt } from './latency.js'
+import { talkAt, warmUp } from './latency.js'
 import { closeAll, connectAll, OpenCalls } from './load.js'
 import { measure, pipelineMicros, residentMiB, type Speed } from './machine.js'
 import { type Pipeline, startPipeline } from './processes.js'
@@ -12,7 +12,6 @@ import { readLatency, untilStored, verifyOpen } from './verify.js'
 
 const TURNS_EACH = 20
 const TURNS_PER_SECOND = 5000
-const WARM_UP_CALLS = 500
 
 export async function openCalls(bench: Bench): Promise<void> {
   const micros = new Map<number, number>()
@@ -32,9 +31,7 @@ export async function openCalls(bench: Bench): Promise<void> {
 /** @returns CPU µs a turn, over all processes, at the fixed rate */
 async function runWith(bench: Bench, pipeline: Pipeline, calls: number): Promise<number> {
   const clients = await connectAll(pipeline.urls)
-  const warmUp = new OpenCalls(Math.min(calls, WARM_UP_CALLS))
-  await warmUp.fill(clients, TURNS_EACH, () => {})
-  await untilStored(bench, warmUp.run.prefix, warmUp.turns)
+  await warmUp(bench, clients, TURNS_PER_SECOND)
   const open = new OpenCalls(calls)
   const before = { redis: await usedBytes(bench), ingest: residentMiB(pipeline.pids.ingest!) }
   const filling = await fill(bench, pipeline, open, clients)

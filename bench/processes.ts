@@ -54,20 +54,21 @@ export async function startProgram(
   }
 }
 
-/** Ingests or sinks of calltape's. @param redisUrl another database than the first one, say */
+/** Ingests or sinks of calltape's. @param more settings of theirs: another store than the bench's, say */
 export function startServices(
   bench: Bench,
   role: 'ingest' | 'sink',
   count = 1,
-  redisUrl = bench.stores.redis.url,
+  more: Environment = {},
 ): Promise<Running[]> {
   const environment = {
-    REDIS_URL: redisUrl,
+    REDIS_URL: bench.stores.redis.url,
     ...bench.stores.database,
     // A port each, which the load generator spreads its connections over: a kernel may spread 50 of them unevenly.
     INGEST_PORT: '0',
     SINK_METRICS_PORT: '0',
     LOG_LEVEL: 'warn',
+    ...more,
   }
   const start = () => startProgram(bench, PROGRAM, [role], environment)
   return Promise.all(Array.from({ length: count }, start))

@@ -1,7 +1,7 @@
 /** The scenarios, in the order in which they run. */
 import { connections } from './connections.js'
 import type { Bench } from './context.js'
-import { drain, sinks } from './drain.js'
+import { drain, farSinks, sinks } from './drain.js'
 import { endToEnd, texts } from './end-to-end.js'
 import { ingests } from './ingests.js'
 import { latency } from './latency.js'
@@ -26,6 +26,7 @@ export const SCENARIOS: Scenario[] = [
   { name: 'redis', about: 'ceiling: redis-benchmark XADD with the same payload', run: redisCeiling },
   { name: 'drain', about: 'a backlog, against plain COPY of the same rows', run: drain },
   { name: 'sinks', about: 'a backlog with 1, 2 and 4 sinks', run: sinks },
+  { name: 'far-sinks', about: 'a backlog with 1 and 2 sinks that wait for a PostgreSQL far away', run: farSinks },
   { name: 'ingests', about: 'acked by 1, 2 and 4 ingests', run: ingests },
   { name: 'replay', about: 'truncated tables from the streams, while calls go on', run: replay },
   { name: 'open-calls', about: 'the same rate over 1,000, 10,000 and 100,000 open calls', run: openCalls },

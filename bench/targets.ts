@@ -66,7 +66,7 @@ const TARGETS: Target[] = [
   atMost(1.25, '×', 'CPU an event: 100,000 open calls ÷ 1,000', (m) => ratio(m.micros100k, m.micros1k)),
   atMost(6144, 'bytes', 'Redis for an idle open call, 20 turns, text apart', (m) => m.bytesAnOpenCall),
   {
-    ...atLeast(1.7, '×', 'drain with two sinks ÷ with one', (m) => m.twoSinksToOne),
+    ...atLeast(1.7, '×', 'drain with two sinks ÷ with one, PostgreSQL far away', (m) => m.twoSinksToOne),
     note: (m) => m.twoSinksSaturated && `saturated: ${m.twoSinksSaturated}`,
   },
 ]

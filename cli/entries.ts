@@ -11,6 +11,7 @@ export function leaseFromStart(callSid: string, partition: PartitionKeys): Lease
     deadline: 0,
     cursor: '0-0',
     waiting: 0,
+    counted: 0,
     read: 0,
     finalized: false,
     lapses: 0,

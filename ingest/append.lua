@@ -96,12 +96,52 @@ local function set_session(session, first, count)
   end
 end
 
+-- What is told of the calls of a partition together: a command for many of them costs hardly more than one for one.
+local opened, news = {}, {}
+for p = 1, partitions do
+  opened[p], news[p] = {}, {}
+end
+
+-- Once a call has ended, whatever comes late does not open it again; nor does what comes of a call that seems over, such
+-- as its recording's URL, keep it open for longer than the grace.
+local function keep_open(p, sid, session, resumes)
+  local open, ended = KEYS[4 * p + 1], KEYS[4 * p + 2]
+  local state = redis.call('HMGET', session, 'ended', 'status', 'connection')
+  if state[1] == 'presumed' and resumes then
+    redis.call('HDEL', session, 'ended', 'reason')
+    redis.call('ZREM', ended, sid)
+    state[1] = false
+  end
+  if state[1] then
+    redis.call('ZREM', open, sid)
+  else
+    local seems_over = END_STATUS[state[2]] or state[3] == 'disconnected'
+    local its = opened[p]
+    its[#its + 1] = seems_over and over or idle
+    its[#its + 1] = sid
+  end
+end
+
+-- News of a leased call is found by settle, which looks behind what was committed.
+local function make_ready(p)
+  local ready, leased, sids = KEYS[4 * p - 1], KEYS[4 * p], news[p]
+  local added = {}
+  for i, deadline in ipairs(redis.call('ZMSCORE', leased, unpack(sids))) do
+    if not deadline then
+      added[#added + 1] = now
+      added[#added + 1] = sids[i]
+    end
+  end
+  if #added == 0 then return end
+  local count = redis.call('ZADD', ready, 'NX', unpack(added))
+  -- A partition that had ready calls before has woken its sink already.
+  if count > 0 and redis.call('ZCARD', ready) == count then woken[#woken + 1] = string.match(ready, '{(%d+)}') end
+end
+
 local index = 0
 while arg <= #ARGV do
   index = index + 1
-  local sid, bytes, events = ARGV[arg], ARGV[arg + 2], tonumber(ARGV[arg + 4])
-  local partition_key = 3 + 4 * (tonumber(ARGV[arg + 1]) - 1)
-  local ready, leased, open = KEYS[partition_key], KEYS[partition_key + 1], KEYS[partition_key + 2]
+  local sid, p, bytes, events = ARGV[arg], tonumber(ARGV[arg + 1]), ARGV[arg + 2], tonumber(ARGV[arg + 4])
   local stream, session = KEYS[call_key], KEYS[call_key + 1]
   local fields = arg + 5 + events
   local field_count = tonumber(ARGV[fields])
@@ -111,28 +151,15 @@ while arg <= #ARGV do
   -- Of a call that is refused, what came before the error is stored all the same. What its session would say may be of the rest.
   if not err then set_session(session, fields + 1, field_count) end
   if not err or appended > 0 then
-    -- Once a call has ended, whatever comes late does not open it again; nor does what comes of a call that seems over, such
-    -- as its recording's URL, keep it open for longer than the grace.
-    local state = redis.call('HMGET', session, 'ended', 'status', 'connection')
-    if state[1] == 'presumed' and ARGV[arg + 3] == '1' then
-      redis.call('HDEL', session, 'ended', 'reason')
-      redis.call('ZREM', KEYS[partition_key + 3], sid)
-      state[1] = false
-    end
-    if state[1] then
-      redis.call('ZREM', open, sid)
-    else
-      local seems_over = END_STATUS[state[2]] or state[3] == 'disconnected'
-      redis.call('ZADD', open, seems_over and over or idle, sid)
-    end
-    -- News of a leased call is found by settle, which looks behind what was committed.
-    if not redis.call('ZSCORE', leased, sid) and redis.call('ZADD', ready, 'NX', now, sid) == 1 then
-      -- A partition that had ready calls before has woken its sink already.
-      if redis.call('ZCARD', ready) == 1 then woken[#woken + 1] = string.match(ready, '{(%d+)}') end
-    end
+    keep_open(p, sid, session, ARGV[arg + 3] == '1')
+    news[p][#news[p] + 1] = sid
   end
   call_key = call_key + 2
   arg = fields + field_count + 1
+end
+for p = 1, partitions do
+  if #opened[p] > 0 then redis.call('ZADD', KEYS[4 * p + 1], unpack(opened[p])) end
+  if #news[p] > 0 then make_ready(p) end
 end
 
 redis.call('SET', KEYS[1], batch, 'EX', KEPT_SECONDS)

@@ -12,13 +12,13 @@ const words = (text: string) => text.trim().split(/\s+/)
 /** Connecting, the partition count, scripts. */
 const COMMON = words('info select get setnx evalsha eval script|load time')
 const INGEST = words(`
-  set expire hget hset hmget hdel hkeys hincrby hgetall xadd xgroup|create xlen xrange xrevrange xinfo|groups zadd zrem zscore zcard zscan
+  set expire hget hset hmget hdel hkeys hincrby hgetall xadd xgroup|create xlen xrange xrevrange xinfo|groups zadd zrem zscore zmscore zcard zscan
   spublish`)
 const SINK = words(`
   set del exists unlink type pexpire scan dbsize memory|usage
   hget hset hsetnx hmget hdel hincrby hgetall
-  xadd xlen xrange xread xinfo|groups xinfo|stream xgroup|create xgroup|setid
-  zadd zrem zscore zcard zrange zremrangebyscore spublish ssubscribe`)
+  xadd xlen xrange xrevrange xread xinfo|groups xinfo|stream xgroup|create xgroup|setid
+  zadd zrem zscore zmscore zcard zrange zremrangebyscore spublish ssubscribe`)
 /** The commands read and mend what the two processes write; `rescue` appends as ingest does. */
 const COMMANDS = [...new Set([...INGEST, ...SINK, 'bgrewriteaof'])].filter((c) => c !== 'ssubscribe')
 

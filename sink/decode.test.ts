@@ -13,6 +13,7 @@ const lease = (more: Partial<Lease> = {}): Lease => ({
   deadline: 1,
   cursor: '0-0',
   waiting: 0,
+  counted: 0,
   read: 0,
   finalized: false,
   lapses: 0,

@@ -62,6 +62,8 @@ export interface CallRow {
   presumed?: true
   /** It is not the call's first batch: others may be writing the call's row, too. */
   begun?: true
+  /** It has turns only: they move the last_event_at of a live call's row, and nothing else. */
+  turnsOnly?: true
 }
 
 /** What one transaction stores. */
@@ -120,6 +122,7 @@ export function decodeCall(lease: Lease, entries: Entry[], batch: Batch): void {
     const row: CallRow = { callSid: lease.callSid, firstMs, lastMs, finalize }
     if (presumed && !ended) row.presumed = true
     if (lease.cursor !== '0-0') row.begun = true
+    if (row.begun && !finalize && !lease.presumed && batch.events.length === eventsBefore) row.turnsOnly = true
     batch.calls.push(row)
   }
   if (lease.lapses > 0) batch.redelivered = true

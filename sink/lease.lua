@@ -13,7 +13,7 @@
 --         entries read so far (-1: Redis cannot say), 1 if the call was finalized before, its lapses (deliveries that came
 --         to nothing), when its oldest waiting entry arrived (ms), bytes an entry has on average,
 --         the entry that was being tried alone when the last lease of it lapsed, '' for none,
---         1 if it was ever presumed over} for each call,
+--         1 if it was ever presumed over, 1 if Redis has counted what is waiting (0: entries were deleted)} for each call,
 --        {indexes of partitions that may have more ready calls},
 --        {call_sid of ready calls whose stream is gone, with all that waited in it}}
 -- Of the suspects, which may take their sink with them once more, one is leased at a time, that with the fewest lapses: so the
@@ -29,9 +29,9 @@ local most_of_a_call = tonumber(ARGV[5])
 local suspect_lapses, may_take_suspect = tonumber(ARGV[6]), ARGV[7] == '1'
 local leases, more, gone = {}, {}, {}
 
--- Progress of group `sink`: cursor, entries read, entries waiting. A lost group is made again from the start: rows are
--- idempotent, so reading a call twice is safe and skipping is not. Else nil, and whether the stream is gone: a Cluster that
--- just moves it to another node cannot say, and it will be asked again.
+-- Progress of group `sink`: cursor, entries read, entries waiting, whether Redis has counted those. A lost group is made again from
+-- the start: rows are idempotent, so reading a call twice is safe and skipping is not. Else nil, and whether the stream is gone: a
+-- Cluster that just moves it to another node cannot say, and it will be asked again.
 local function progress(stream)
   local groups = redis.pcall('XINFO', 'GROUPS', stream)
   if groups.err then
@@ -43,16 +43,16 @@ local function progress(stream)
     if info.name == 'sink' then
       local cursor = info['last-delivered-id']
       -- A group that has not moved yet has no count of entries read: it is 0.
-      return cursor, info['entries-read'] or (cursor == '0-0' and 0 or -1), info.lag or redis.call('XLEN', stream)
+      return cursor, info['entries-read'] or (cursor == '0-0' and 0 or -1), info.lag or redis.call('XLEN', stream), info.lag
     end
   end
   redis.call('XGROUP', 'CREATE', stream, 'sink', '0')
   return '0-0', 0, redis.call('XLEN', stream)
 end
 
--- Returns whether the call has left `ready`.
-local function lease(p, sid, since, session, lapses)
-  local cursor, read, waiting = progress(ARGV[6 + 2 * p] .. sid)
+-- Returns whether the call is to leave `ready`: it goes into `taken`, or its stream is gone.
+local function lease(p, sid, since, session, lapses, taken)
+  local cursor, read, waiting, is_counted = progress(ARGV[6 + 2 * p] .. sid)
   if not cursor then
     local is_gone = read
     if is_gone then
@@ -61,12 +61,13 @@ local function lease(p, sid, since, session, lapses)
     end
     return is_gone
   end
-  local finalized = redis.call('ZSCORE', KEYS[3 * p], sid) and 1 or 0
-  redis.call('ZADD', KEYS[3 * p - 1], deadline_text, sid)
-  redis.call('ZREM', KEYS[3 * p - 2], sid)
+  -- Whoever is among the ended calls has `ended` in his session.
+  local finalized = (session[5] or session.err) and redis.call('ZSCORE', KEYS[3 * p], sid) and 1 or 0
+  taken[#taken + 1] = sid
   local bytes_an_entry = math.ceil(tonumber(session[1] or 0) / math.max(1, read + waiting))
   leases[#leases + 1] = {
     p, sid, cursor, waiting, read, finalized, lapses, since, bytes_an_entry, session[3] or '', session[4] and 1 or 0,
+    is_counted and 1 or 0,
   }
   waiting = math.min(waiting, most_of_a_call)
   calls_left = calls_left - 1
@@ -75,35 +76,63 @@ local function lease(p, sid, since, session, lapses)
   return true
 end
 
+-- Notes the leases of a partition's calls, together: that costs hardly more than one.
+local function note(p, taken)
+  if #taken == 0 then return end
+  local deadlines = {}
+  for i, sid in ipairs(taken) do
+    deadlines[2 * i - 1], deadlines[2 * i] = deadline_text, sid
+  end
+  redis.call('ZADD', KEYS[3 * p - 1], unpack(deadlines))
+  redis.call('ZREM', KEYS[3 * p - 2], unpack(taken))
+end
+
 local suspects, chosen = {}, nil
 
-local function look_into(p)
-  local ready = KEYS[3 * p - 2]
-  local left = 0 -- in front, passed over
-  repeat
-    local page = redis.call('ZRANGE', ready, left, left + PAGE - 1, 'WITHSCORES')
-    for i = 1, #page, 2 do
-      if calls_left <= 0 or entries_left <= 0 or bytes_left <= 0 then
-        more[#more + 1] = p
-        return
-      end
-      local sid, since = page[i], page[i + 1]
-      local session = redis.pcall('HMGET', ARGV[7 + 2 * p] .. sid, 'bytes', 'lapses', 'alone', 'presumed')
-      local lapses = tonumber(session[2] or 0)
-      if lapses >= suspect_lapses then
-        local suspect = { p, sid, since, session, lapses }
-        suspects[#suspects + 1] = suspect
-        if not chosen or lapses < chosen[5] then chosen = suspect end
-        left = left + 1
-      elseif not lease(p, sid, since, session, lapses) then
-        left = left + 1
-      end
+-- Looks through a page of ready calls. Returns how many it passes over, and whether there is room for more.
+local function look_through(p, page)
+  local passed, taken = 0, {}
+  for i = 1, #page, 2 do
+    if calls_left <= 0 or entries_left <= 0 or bytes_left <= 0 then
+      more[#more + 1] = p
+      note(p, taken)
+      return passed, false
     end
-  until #page < 2 * PAGE or left > MOST_LEFT
+    local sid, since = page[i], page[i + 1]
+    local session = redis.pcall('HMGET', ARGV[7 + 2 * p] .. sid, 'bytes', 'lapses', 'alone', 'presumed', 'ended')
+    local lapses = tonumber(session[2] or 0)
+    if lapses >= suspect_lapses then
+      local suspect = { p, sid, since, session, lapses }
+      suspects[#suspects + 1] = suspect
+      if not chosen or lapses < chosen[5] then chosen = suspect end
+      passed = passed + 1
+    elseif not lease(p, sid, since, session, lapses, taken) then
+      passed = passed + 1
+    end
+  end
+  note(p, taken)
+  return passed, true
+end
+
+local function look_into(p)
+  local left, has_room = 0, true -- in front, passed over
+  repeat
+    local page = redis.call('ZRANGE', KEYS[3 * p - 2], left, left + PAGE - 1, 'WITHSCORES')
+    local passed
+    passed, has_room = look_through(p, page)
+    left = left + passed
+  until not has_room or #page < 2 * PAGE or left > MOST_LEFT
+end
+
+local function lease_suspect(p, sid, since, session, lapses)
+  local taken = {}
+  local has_left = lease(p, sid, since, session, lapses, taken)
+  note(p, taken)
+  return has_left
 end
 
 for p = 1, (#KEYS - 1) / 3 do look_into(p) end
-if chosen and may_take_suspect and lease(unpack(chosen)) then
+if chosen and may_take_suspect and lease_suspect(unpack(chosen)) then
   local told = {}
   for _, suspect in ipairs(suspects) do
     if suspect ~= chosen and not told[suspect[1]] then

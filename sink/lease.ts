@@ -28,6 +28,8 @@ export interface Lease extends CallPlace {
   cursor: string
   /** Entries behind the cursor; no more than are to be read. */
   waiting: number
+  /** The same as Redis has counted it, however many are to be read; undefined: it cannot, for entries were deleted. */
+  counted: number | undefined
   /** Entries up to the cursor; -1 when Redis cannot say. */
   read: number
   /** It was finalized before; what comes now is late. */
@@ -183,14 +185,18 @@ export class Leases {
 
   private async settleTogether(group: Settlement[]): Promise<[number, number[], [string, number][]]> {
     const first = group[0]!.lease
+    const byPartition = new Map<PartitionKeys, Settlement[]>()
+    for (const settlement of group) addTo(byPartition, settlement.lease.partition, settlement)
     const keys = [this.laneOf.get(first.partition)!.wake]
-    const args: (string | number)[] = [first.deadline]
-    for (const settlement of group) {
+    for (const p of byPartition.keys()) keys.push(p.ready, p.leased, p.open, p.ended)
+    const args: (string | number)[] = [first.deadline, byPartition.size]
+    for (const its of byPartition.values()) args.push(its.length)
+    for (const settlement of [...byPartition.values()].flat()) {
       const { lease, last, count } = settlement
-      const p = lease.partition
-      keys.push(p.ready, p.leased, p.open, p.ended, streamKey(lease), sessionKey(lease))
+      keys.push(streamKey(lease), sessionKey(lease))
       const read = lease.read < 0 ? -1 : lease.read + count
-      args.push(lease.callSid, last ?? lease.cursor, read, endOf(settlement), lapsesAfter(settlement))
+      const isAll = read >= 0 && count === lease.counted ? 1 : 0
+      args.push(lease.callSid, last ?? lease.cursor, read, isAll, endOf(settlement), lapsesAfter(settlement))
     }
     return (await settleScript.run(this.client, keys, args)) as [number, number[], [string, number][]]
   }
@@ -275,7 +281,7 @@ function addTo<K, V>(groups: Map<K, V[]>, key: K, value: V): void {
 
 type LeaseReply = [
   deadline: number,
-  leases: [number, string, string, number, number, 0 | 1, number, string, number, string, 0 | 1][],
+  leases: [number, string, string, number, number, 0 | 1, number, string, number, string, 0 | 1, 0 | 1][],
   more: number[],
   gone: string[],
 ]
@@ -287,12 +293,26 @@ function readLeases(
 ): { leases: Lease[]; more: number[]; gone: string[] } {
   return {
     leases: rows.map(
-      ([index, callSid, cursor, waiting, read, finalized, lapses, oldest, bytesAnEntry, alone, presumed]) => ({
+      ([
+        index,
+        callSid,
+        cursor,
+        waiting,
+        read,
+        finalized,
+        lapses,
+        oldest,
+        bytesAnEntry,
+        alone,
+        presumed,
+        isCounted,
+      ]) => ({
         callSid,
         partition: partitions[index - 1]!,
         deadline,
         cursor,
         waiting: Math.min(waiting, mostOfACall),
+        counted: isCounted === 1 ? waiting : undefined,
         read,
         finalized: finalized === 1,
         lapses,

@@ -76,6 +76,7 @@ class Call {
       deadline: 0,
       cursor: this.cursor,
       waiting: entries.length,
+      counted: entries.length,
       read: -1,
       finalized: this.finalized,
       lapses: 0,
@@ -192,6 +193,26 @@ describe('the_same_row_whatever_the_order', () => {
       }
       expect(lasting(await call.row()), `seed ${seed}`).toEqual(expected)
     }
+  })
+
+  test('further_turns_of_a_live_call_move_when_it_was_last_heard_of_and_nothing_else', async () => {
+    const call = await new Call().store({ type: 'call.started', ts: at(1), from: '+1' }, turn(2, 'one'))
+    const before = await call.row()
+    clock += 60_000
+    await call.store(turn(70, 'two'))
+    expect(await call.row()).toEqual({ ...before, last_event_at: time(70) })
+    clock += 60_000
+    await call.store(turn(3, 'belated'))
+    expect(await call.row(), 'never back').toEqual({ ...before, last_event_at: time(70) })
+  })
+
+  test('a_live_call_whose_row_was_removed_has_all_of_it_again_with_its_next_turn', async () => {
+    const call = await new Call().store({ type: 'call.started', ts: at(1), from: '+1' }, turn(2, 'one'))
+    const before = await call.row()
+    await database.pool.query('DELETE FROM call_sessions WHERE call_sid = $1', [call.sid])
+    clock += 60_000
+    await call.store(turn(70, 'two'))
+    expect(await call.row()).toEqual({ ...before, last_event_at: time(70) })
   })
 
   test('of_a_live_call_in_any_order', async () => {

@@ -655,7 +655,7 @@ describe('stop', () => {
     const sent = wires.map(() => 0)
     const pumps = wires.map(async (wire, w) => {
       while (!wire.closed) {
-        for (let i = 0; i < 20 && sent[w]! - wire.acked < 2000; i++) wire.send(turn(`CA${w}`, sent[w]!++))
+        for (let i = 0; i < 20 && sent[w]! - wire.acked < 1000; i++) wire.send(turn(`CA${w}`, sent[w]!++))
         await new Promise((resolve) => setImmediate(resolve))
       }
     })

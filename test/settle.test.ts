@@ -196,6 +196,14 @@ test('late_events_of_a_finalized_call_are_leased_as_such_and_do_not_open_it_agai
   expect(Object.keys(await placesOf(redis, sid))).toEqual(['ended'])
 })
 
+test('late_events_of_a_call_whose_end_a_foreign_writer_appended_are_leased_as_such', async () => {
+  await redis.client.xadd(streamOf(redis, sid), '*', 'e', JSON.stringify({ type: 'call.ended', call_sid: sid }))
+  await redis.client.zadd(redis.partitions.of(sid).ready, Date.now(), sid)
+  await leases.settle([committed(await take(leases, redis), 1, true)])
+  await producer.store(turn(sid, 1))
+  expect((await take(leases, redis)).lease).toMatchObject({ finalized: true, waiting: 1, read: 1 })
+})
+
 test('a_call_that_came_back_while_its_presumed_end_was_being_committed_stays_open', async () => {
   const impatient = new Producer(redis, { idleTimeoutMs: 1 })
   await impatient.store(turn(sid, 0))
