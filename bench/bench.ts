@@ -2,7 +2,7 @@
  * `npm run bench`: what calltape carries on this machine, what it costs, and what others would cost. All processes share the
  * machine's cores, the load generator too. Machines differ and are noisy: compare ratios, and CPU time a turn, within one run.
  */
-import { closeSync, mkdirSync, openSync } from 'node:fs'
+import { closeSync, existsSync, mkdirSync, openSync, rmSync } from 'node:fs'
 import { writeFile } from 'node:fs/promises'
 import { availableParallelism, cpus } from 'node:os'
 import { dirname } from 'node:path'
@@ -71,7 +71,9 @@ const { json, only, quick, ...given } = command.opts<Options>()
 // Before the run: the figures of a quarter of an hour must not be lost to a path that cannot be written. Those of the last run stay.
 try {
   mkdirSync(dirname(json), { recursive: true })
+  const isNew = !existsSync(json)
   closeSync(openSync(json, 'a'))
+  if (isNew) rmSync(json) // who interrupts the run finds no empty file
 } catch (error) {
   command.error(`error: option '--json ${json}': ${(error as Error).message}`)
 }
