@@ -3,7 +3,8 @@
  * hands them the backlog at one moment. So sinks that have run for a while drain all of it, and nothing of it beforehand.
  */
 import type { Environment } from '../shared/config.js'
-import { lanesOf, openPartitions } from '../shared/redis.js'
+import { lanesOf } from '../shared/lanes.js'
+import { openPartitions } from '../shared/redis.js'
 import type { Bench } from './context.js'
 import type { Round } from './end-to-end.js'
 import { type Load, makeLoad } from './load.js'

@@ -2,8 +2,10 @@
  * `npm run bench`: what calltape carries on this machine, what it costs, and what others would cost. All processes share the
  * machine's cores, the load generator too. Machines differ and are noisy: compare ratios, and CPU time a turn, within one run.
  */
+import { closeSync, existsSync, mkdirSync, openSync, rmSync } from 'node:fs'
 import { writeFile } from 'node:fs/promises'
 import { availableParallelism, cpus } from 'node:os'
+import { dirname } from 'node:path'
 import { Command, InvalidArgumentError } from 'commander'
 import { Bench, type BenchOptions } from './context.js'
 import { killAll } from './processes.js'
@@ -26,6 +28,7 @@ interface Options {
 const FULL = { calls: 1000, turns: 200, seconds: 10, rounds: 3, open: [1000, 10_000, 100_000] }
 const QUICK = { calls: 40, turns: 25, seconds: 1, rounds: 1, open: [100, 400] }
 const EXIT_CODES = { SIGINT: 130, SIGTERM: 143, SIGHUP: 129 }
+const EXIT_OPERATOR = 2
 const EXIT_BUG = 70
 
 function positive(text: string): number {
@@ -43,7 +46,7 @@ function named(text: string): Scenario[] {
   return SCENARIOS.filter(({ name }) => names.includes(name))
 }
 
-const { json, only, quick, ...given } = new Command('npm run bench --')
+const command = new Command('npm run bench --')
   .description(
     'Measures calltape, its ceilings and its peers on this machine. Everything it starts is its own, and goes with it.',
   )
@@ -61,8 +64,19 @@ const { json, only, quick, ...given } = new Command('npm run bench --')
     'after',
     `\nScenarios:\n${SCENARIOS.map(({ name, about }) => `  ${name.padEnd(20)} ${about}`).join('\n')}`,
   )
+  .exitOverride(({ exitCode }) => process.exit(exitCode && EXIT_OPERATOR))
   .parse()
-  .opts<Options>()
+const { json, only, quick, ...given } = command.opts<Options>()
+
+// Before the run: the figures of a quarter of an hour must not be lost to a path that cannot be written. Those of the last run stay.
+try {
+  mkdirSync(dirname(json), { recursive: true })
+  const isNew = !existsSync(json)
+  closeSync(openSync(json, 'a'))
+  if (isNew) rmSync(json) // who interrupts the run finds no empty file
+} catch (error) {
+  command.error(`error: option '--json ${json}': ${(error as Error).message}`)
+}
 
 const options: BenchOptions = { ...(quick ? QUICK : FULL), ...given, quick: quick === true }
 const progress = new Progress()

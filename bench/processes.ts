@@ -1,10 +1,7 @@
 /** The processes that are measured. None is started again: what dies makes its scenario fail. */
-import { type ChildProcess, fork } from 'node:child_process'
-import { closeSync, openSync, readFileSync } from 'node:fs'
 import { join } from 'node:path'
-import { setTimeout as sleep } from 'node:timers/promises'
-import { childEnvironment, type Environment } from '../shared/config.js'
-import { PACKAGE_ROOT } from '../shared/package-root.js'
+import { describeEnd, lastLines, PROGRAM, startChild, stopChild } from '../cli/child.js'
+import type { Environment } from '../shared/config.js'
 import type { Bench } from './context.js'
 import type { Pids } from './machine.js'
 
@@ -15,9 +12,8 @@ export interface Running {
   stop(): Promise<void>
 }
 
-const STOP_MS = 15_000
 /** Kills each of those that were not stopped. */
-const started = new Set<() => Promise<void>>()
+const started = new Set<() => Promise<unknown>>()
 
 /** After a scenario that failed, and at the end: none may go on. */
 export async function killAll(): Promise<void> {
@@ -33,28 +29,19 @@ export async function startProgram(
   environment: Environment,
 ): Promise<Running> {
   const logFile = join(bench.stores.folder, `${args.join('-')}.log`)
-  const log = openSync(logFile, 'a')
-  const child = fork(join(PACKAGE_ROOT, path), args, {
-    env: childEnvironment(environment),
-    execArgv: [],
-    stdio: ['ignore', log, log, 'ipc'],
-    detached: true, // Ctrl-C is for us: we stop the parts in their order
-  })
-  closeSync(log)
+  const { process: child, serving } = startChild(path, args, environment, logFile)
   let isWanted = true
   const kill = () => {
     isWanted = false
-    return end(child, 'SIGKILL')
+    return stopChild(child, 'SIGKILL')
   }
   started.add(kill)
   const failure = (why: string) => `${args.join(' ')} ended (${why}):\n${lastLines(logFile)}`
-  const url = await new Promise<string>((resolve, reject) => {
-    child.once('message', (message) => resolve((message as { url: string }).url))
-    child.once('exit', (code, signal) => reject(new Error(failure(signal ?? `exit code ${code}`))))
-    child.once('error', reject)
+  const url = await serving.catch((error: Error) => {
+    throw new Error(failure(error.message))
   })
   child.once('exit', (code, signal) => {
-    if (isWanted) bench.death ??= failure(signal ?? `exit code ${code}`)
+    if (isWanted) bench.death ??= failure(describeEnd(code, signal))
   })
   return {
     url,
@@ -62,21 +49,9 @@ export async function startProgram(
     async stop() {
       isWanted = false
       started.delete(kill)
-      await end(child, 'SIGTERM')
+      await stopChild(child)
     },
   }
-}
-
-async function end(child: ChildProcess, signal: NodeJS.Signals): Promise<void> {
-  if (child.exitCode !== null || child.signalCode !== null) return
-  const exited = new Promise((resolve) => child.once('exit', resolve))
-  child.kill(signal)
-  // Unreferenced, so that the timer that is no longer needed does not keep the process alive.
-  await Promise.race([exited, sleep(STOP_MS, undefined, { ref: false }).then(() => child.kill('SIGKILL'))])
-}
-
-function lastLines(file: string): string {
-  return readFileSync(file, 'utf8').trim().split('\n').slice(-8).join('\n')
 }
 
 /** Ingests or sinks of calltape's. @param more settings of theirs: another store than the bench's, say */
@@ -95,7 +70,7 @@ export function startServices(
     LOG_LEVEL: 'warn',
     ...more,
   }
-  const start = () => startProgram(bench, 'dist/cli/calltape.js', [role], environment)
+  const start = () => startProgram(bench, PROGRAM, [role], environment)
   return Promise.all(Array.from({ length: count }, start))
 }
 

@@ -3,7 +3,7 @@ import { readdirSync } from 'node:fs'
 import { join } from 'node:path'
 import type { Redis } from 'ioredis'
 import { PACKAGE_ROOT } from '../shared/package-root.js'
-import { Script } from '../shared/redis.js'
+import { Script } from '../shared/script.js'
 import { type Figure, figure } from './report.js'
 
 const SLOW_MICROS = 10_000

@@ -74,7 +74,7 @@ program
   .command('ingest')
   .description('take events over WebSocket and HTTP and append them to Redis Streams')
   .option('--processes <n>', 'so many processes on one port; 0: one for each core (default: INGEST_PROCESSES)')
-  .addOption(new Option('--slot <i/n>').hideHelp())
+  .addOption(new Option('--member <i/n>').hideHelp())
   .addOption(new Option('--port <port>').hideHelp())
   .action(async (options: ServiceOptions) => (await import('./service.js')).runService('ingest', options))
 
@@ -82,7 +82,7 @@ program
   .command('sink')
   .description('copy events from Redis Streams into PostgreSQL and finalize calls')
   .option('--processes <n>', 'so many processes that share the work; 0: one for each core (default: SINK_PROCESSES)')
-  .addOption(new Option('--slot <i/n>').hideHelp())
+  .addOption(new Option('--member <i/n>').hideHelp())
   .action(async (options: ServiceOptions) => (await import('./service.js')).runService('sink', options))
 
 program

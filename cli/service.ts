@@ -6,23 +6,23 @@ import type { Group, Member, Waiting } from '../shared/group.js'
 import { createLog, type Logger } from '../shared/log.js'
 import { SETTINGS } from '../shared/settings.js'
 import { changedSettings } from '../shared/settings-shown.js'
+import { NotStarted } from './child.js'
 import { Channel } from './processes/channel.js'
 import { ProcessGroup } from './processes/group.js'
-import { NotStarted } from './processes/slot.js'
 
 type Name = 'ingest' | 'sink'
 
 /** What the command line says. */
 export interface ServiceOptions {
   processes?: string
-  /** Of a process that was started for a group: its place, and of how many, `0/4`. */
-  slot?: string
+  /** Of a process that was started for a group: which, and of how many, `0/4`. */
+  member?: string
   /** Which it shares. */
   port?: string
 }
 
 /** Of all processes, for one of them to be told: a little longer than they are given themselves. */
-const TOLD_TIMEOUT_MS = 3500
+const STATUS_TIMEOUT_MS = 3500
 const SIGNALS = ['SIGTERM', 'SIGINT'] as const
 
 /**
@@ -36,14 +36,14 @@ export async function runService(name: Name, options: ServiceOptions): Promise<v
   const given = { ...givenEnvironment(), ...asked }
   const config = readConfig(given)
   const log = createLog(name, config.LOG_LEVEL)
-  if (options.slot !== undefined) return runMember(name, config, options, log)
+  if (options.member !== undefined) return runMember(name, config, options, log)
   log.info({ settings: changedSettings(name, config, given) }, 'settings other than the defaults')
   const size = config[count] || availableParallelism()
   if (size > 1) return runGroup(name, size, config, given, log)
   armCrash(config.CRASH_AT)
   const service = await startOne(name, config, log)
   tellUrl(service.url)
-  await told()
+  await stopRequested()
   await service.stop()
   process.exit() // what a connection that hangs still holds must not keep the process
 }
@@ -66,7 +66,7 @@ function tellUrl(url: string): void {
 }
 
 /** Resolves when it is to stop. */
-function told(): Promise<void> {
+function stopRequested(): Promise<void> {
   return new Promise((resolve) => {
     for (const signal of SIGNALS) process.once(signal, () => resolve())
     if (!process.send) return
@@ -76,10 +76,10 @@ function told(): Promise<void> {
 }
 
 /** One of several. */
-async function runMember(name: Name, config: Config, { slot, port }: ServiceOptions, log: Logger): Promise<void> {
-  if (!process.send) throw new OperatorError('--slot is for the processes that --processes starts')
+async function runMember(name: Name, config: Config, options: ServiceOptions, log: Logger): Promise<void> {
+  if (!process.send) throw new OperatorError('--member is for the processes that --processes starts')
   armCrash(config.CRASH_AT)
-  const [place = 0, size = 1] = slot!.split('/').map(Number)
+  const [index = 0, size = 1] = options.member!.split('/').map(Number)
   let member: Member | undefined
   const served = () => (member ? Promise.resolve(member) : Promise.reject(new Error('it is starting')))
   const channel = new Channel(process as NodeJS.Process & { send: NonNullable<NodeJS.Process['send']> }, {
@@ -87,22 +87,22 @@ async function runMember(name: Name, config: Config, { slot, port }: ServiceOpti
     ready: async () => (await served()).ready(),
   })
   const group: Group = {
-    slot: place,
+    index,
     size,
-    port: port === undefined ? undefined : Number(port),
-    metrics: async () => (await channel.ask('metrics', TOLD_TIMEOUT_MS)) as string,
-    ready: async () => (await channel.ask('ready', TOLD_TIMEOUT_MS)) as Waiting | undefined,
+    port: options.port === undefined ? undefined : Number(options.port),
+    metrics: async () => (await channel.ask('metrics', STATUS_TIMEOUT_MS)) as string,
+    ready: async () => (await channel.ask('ready', STATUS_TIMEOUT_MS)) as Waiting | undefined,
   }
-  member = await startOne(name, config, log.child({ slot: place }), group)
+  member = await startOne(name, config, log.child({ process: index }), group)
   tellUrl(member.url)
-  await told()
+  await stopRequested()
   await member.stop()
   process.exit()
 }
 
 /** Starts them, and starts again those that die. */
 async function runGroup(name: Name, size: number, config: Config, given: Environment, log: Logger): Promise<void> {
-  const stop = told()
+  const stop = stopRequested()
   const group = new ProcessGroup({ name, size, environment: given, log })
   const server = name === 'sink' ? await (await import('../sink/health.js')).serveHealth(config, group) : undefined
   const starting = group.start()

@@ -1,20 +1,13 @@
 /** Everything on this machine: PostgreSQL and Redis (unless their URLs are set), the schema, and ingest and sink as processes. */
-import { type ChildProcess, fork } from 'node:child_process'
-import { mkdirSync, openSync, readFileSync } from 'node:fs'
+import type { ChildProcess } from 'node:child_process'
+import { mkdirSync, readFileSync } from 'node:fs'
 import { rm, writeFile } from 'node:fs/promises'
 import { join, resolve } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import getPort from 'get-port'
-import {
-  childEnvironment,
-  type DatabaseConfig,
-  type Environment,
-  givenEnvironment,
-  OperatorError,
-  readConfig,
-} from '../shared/config.js'
-import { PACKAGE_ROOT } from '../shared/package-root.js'
+import { type DatabaseConfig, type Environment, givenEnvironment, OperatorError, readConfig } from '../shared/config.js'
 import { migrate } from '../shared/schema.js'
+import { describeEnd, lastLines, NotStarted, PROGRAM, startChild, stopChild } from './child.js'
 import { startPostgres } from './local-postgres.js'
 import { startRedis } from './local-redis.js'
 import { type LocalServer, processInfo } from './local-server.js'
@@ -216,20 +209,14 @@ export async function startService(
 
   const launch = async (): Promise<string> => {
     const born = Date.now()
-    const log = openSync(logFile, 'a')
-    child = fork(join(PACKAGE_ROOT, 'dist/cli/calltape.js'), [name], {
-      env: childEnvironment(environment),
-      stdio: ['ignore', log, log, 'ipc'],
-      detached: true, // Ctrl-C is for us: we stop the parts in their order
-    })
-    const url = await new Promise<string>((resolve, reject) => {
-      child.once('message', (message) => resolve((message as { url: string }).url))
-      child.once('exit', () => reject(new OperatorError(`${name} did not start:\n${lastLines(logFile)}`)))
-      child.once('error', reject)
+    const started = startChild(PROGRAM, [name], environment, logFile)
+    child = started.process
+    const url = await started.serving.catch((error: Error) => {
+      throw error instanceof NotStarted ? new OperatorError(`${name} did not start:\n${lastLines(logFile)}`) : error
     })
     child.once('exit', (code, signal) => {
       if (Date.now() - born > SHORT_LIFE_MS) restarts = 0
-      if (!stopping) void restart(signal ?? `exit code ${code}`)
+      if (!stopping) void restart(describeEnd(code, signal))
     })
     return url
   }
@@ -247,15 +234,7 @@ export async function startService(
     failed,
     async stop() {
       stopping = true
-      if (child.exitCode !== null || child.signalCode !== null) return
-      const exited = new Promise((resolve) => child.once('exit', resolve))
-      child.kill('SIGTERM')
-      // Unreferenced, so that the timer that is no longer needed does not keep the process alive.
-      await Promise.race([exited, sleep(15_000, undefined, { ref: false }).then(() => child.kill('SIGKILL'))])
+      await stopChild(child)
     },
   }
-}
-
-function lastLines(file: string): string {
-  return readFileSync(file, 'utf8').trim().split('\n').slice(-8).join('\n')
 }

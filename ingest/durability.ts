@@ -1,8 +1,9 @@
 /** What an ack is worth, `DURABILITY`: how to make sure of it behind each append, and whether this Redis can do it at all. */
 import { Cluster, type Redis } from 'ioredis'
 import { OperatorError } from '../shared/config.js'
+import { someOf } from '../shared/lanes.js'
 import type { Logger } from '../shared/log.js'
-import { mastersOf, type RedisClient, someOf } from '../shared/redis.js'
+import { mastersOf, type RedisClient } from '../shared/redis.js'
 
 /** Longer than everysec's second, and than a replica's hiccup; then the append counts as failed and is sent again. */
 const WAIT_MS = 3000

@@ -105,7 +105,7 @@ async function openSpool(
   appender: Appender,
   metrics: IngestMetrics,
   log: Logger,
-  place: Place = { slot: 0, size: 1 },
+  place: Place = { index: 0, size: 1 },
 ) {
   if (config.SPOOL_DIR === undefined) return undefined
   const { directory, moved } = await takeOverSpools(config.SPOOL_DIR, place)

@@ -1,7 +1,8 @@
 /** Whether a Cluster of which one server takes no events still takes those of others. */
 import { setTimeout as sleep } from 'node:timers/promises'
 import { Cluster } from 'ioredis'
-import { type Lane, mastersOf, type RedisClient } from '../shared/redis.js'
+import type { Lane } from '../shared/lanes.js'
+import { mastersOf, type RedisClient } from '../shared/redis.js'
 
 const ANSWER_MS = 1000
 

@@ -7,7 +7,7 @@
  * event less for an append of hundreds.
  */
 import { Command, type Redis } from 'ioredis'
-import type { Script } from '../shared/redis.js'
+import type { Script } from '../shared/script.js'
 
 const FIRST_BYTES = 64 * 1024
 /** What a buffer may have grown to and still be kept for the next call. */

@@ -16,11 +16,12 @@ const OF_PROCESS = /^process-(\d{1,4})$/
 
 /** A process' place among those of its ingest. */
 export interface Place {
-  slot: number
+  /** From 0. */
+  index: number
   size: number
 }
 
-const ownSpool = (root: string, { slot, size }: Place) => (size === 1 ? root : join(root, `process-${slot}`))
+const ownSpool = (root: string, { index, size }: Place) => (size === 1 ? root : join(root, `process-${index}`))
 
 /** All folders that are, or were, a process' spool; none when there is no SPOOL_DIR yet. @throws the file system's errors */
 export async function spoolsIn(root: string): Promise<string[]> {
@@ -46,12 +47,12 @@ export async function spoolsIn(root: string): Promise<string[]> {
  */
 export async function takeOverSpools(root: string, place: Place): Promise<{ directory: string; moved: number }> {
   const directory = ownSpool(resolve(root), place)
-  const inUse = Array.from({ length: place.size }, (_, slot) => ownSpool(resolve(root), { slot, size: place.size }))
+  const inUse = Array.from({ length: place.size }, (_, index) => ownSpool(resolve(root), { index, size: place.size }))
   let moved = 0
   try {
     for (const left of await spoolsIn(resolve(root))) {
       const number = Number(OF_PROCESS.exec(basename(left))?.[1] ?? 0)
-      if (inUse.includes(left) || number % place.size !== place.slot) continue
+      if (inUse.includes(left) || number % place.size !== place.index) continue
       if ((await listSegments(left)).length > 0) moved += await moveSegments(left, directory)
     }
   } catch (error) {

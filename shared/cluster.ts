@@ -3,7 +3,7 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import { type Cluster, type ClusterOptions, Command, type Redis } from 'ioredis'
 import { OperatorError } from './config.js'
 import type { PartitionKeys } from './keys.js'
-import type { Lane } from './redis.js'
+import type { Lane } from './lanes.js'
 
 /** Longer than it takes to find out that a server hangs, and to ask another one. */
 const READY_MS = 15_000

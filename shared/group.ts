@@ -21,7 +21,7 @@ export interface Member {
 }
 
 /** What is said of all processes together. */
-export interface Told {
+export interface GroupStatus {
   /** In Prometheus' text format. @throws when they cannot be asked */
   metrics(): Promise<string>
   /** @returns what waits in any of them @throws why one of them cannot do its job, or that none serves */
@@ -29,9 +29,9 @@ export interface Told {
 }
 
 /** The group that a process is one of. */
-export interface Group extends Told {
-  /** Its place, from 0; of one that died, that of whoever is started for it. */
-  readonly slot: number
+export interface Group extends GroupStatus {
+  /** Which of them it is, from 0; who is started for one that died is the same. */
+  readonly index: number
   readonly size: number
   /** Which all share; undefined for the first process at its first start: it finds out whether anybody else has it. */
   readonly port: number | undefined

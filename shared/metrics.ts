@@ -6,19 +6,9 @@
  * stores (`shared` below) every sink says of all calls: take their maximum, not their sum. The processes that INGEST_PROCESSES and
  * SINK_PROCESSES start are added up in this way before they are scraped: that is what `highest` and `lowest` are for.
  */
-import {
-  type Aggregator,
-  Counter,
-  type CounterConfiguration,
-  collectDefaultMetrics,
-  Gauge,
-  Histogram,
-  Registry,
-} from 'prom-client'
+import { Registry } from 'prom-client'
 import { REFUSAL_CODES } from './events.js'
-
-const SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60]
-const SIZES = [1, 2, 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000]
+import { always, fromZero, type Makers, metricsIn, metricsOf, unset } from './metric-makers.js'
 
 /** What `requests_total` and `webhooks_total` have as `status`; a provider's own answer is a 200 or a 204. */
 const REQUEST_STATUSES = ['200', '202', '400', '401', '413', '415', '503']
@@ -38,65 +28,8 @@ export function closeCodeLabel(code: number): string {
   return CLOSE_CODES.includes(String(code)) ? String(code) : OTHER
 }
 
-/** From the first scrape on there is a rate: a counter that appears with its first event hides that one from `rate` and `increase`. */
-function fromZero<L extends string>(counter: Counter<L>, label: L, values: readonly string[]): Counter<L> {
-  for (const value of values) counter.inc({ [label]: value } as Record<L, string>, 0)
-  return counter
-}
-
-/** A gauge that never changes. */
-function always(gauge: Gauge, value: number): Gauge {
-  gauge.set(value)
-  return gauge
-}
-
-/** A gauge that says nothing until it is set: what nobody knows is not 0. */
-export function unset<G extends Gauge>(gauge: G): G {
-  gauge.remove()
-  return gauge
-}
-
 /** Gauges that have one series only, of what is worst. */
 export const ONE_SERIES = ['calltape_sink_worst_partition_lag_seconds']
-/** Of Node's own, what would say nothing as the mean over several processes, or is left out by prom-client: a restart must show. */
-const HIGHEST_OF_NODE = /^(nodejs_eventloop_lag_(?!min_).*seconds|process_start_time_seconds)$/
-
-/** Node's own metrics. */
-function collectOfNode(registry: Registry): void {
-  collectDefaultMetrics({ register: registry })
-  for (const metric of registry.getMetricsAsArray()) {
-    if (HIGHEST_OF_NODE.test(metric.name)) (metric as { aggregator?: Aggregator }).aggregator = 'max'
-  }
-}
-
-/** What makes metrics of one process, Node's own among them: the names of the others begin with `prefix`. */
-function metricsOf(prefix: string) {
-  const registry = new Registry()
-  collectOfNode(registry)
-  return metricsIn(registry, prefix)
-}
-
-type Makers = ReturnType<typeof metricsIn>
-
-function metricsIn(registry: Registry, prefix: string) {
-  const registers = [registry]
-  const named = (name: string, help: string) => ({ name: `${prefix}_${name}`, help, registers })
-  /** @param aggregator how those of several processes become one */
-  const gaugeBy =
-    (aggregator: Aggregator) =>
-    <L extends string = never>(name: string, help: string, ...labelNames: L[]) =>
-      new Gauge<L>({ ...named(name, help), labelNames, aggregator })
-  return {
-    registry,
-    counter: <L extends string = never>(name: string, help: string, ...labelNames: L[]) =>
-      new Counter<L>({ ...named(name, help), labelNames } as CounterConfiguration<L>),
-    gauge: gaugeBy('sum'),
-    highest: gaugeBy('max'),
-    lowest: gaugeBy('min'),
-    seconds: (name: string, help: string) => new Histogram({ ...named(name, help), buckets: SECONDS }),
-    sizes: (name: string, help: string) => new Histogram({ ...named(name, help), buckets: SIZES }),
-  }
-}
 
 /** @param answer how many answer @param wanted how many there should be: what a group says counts, not what each of it does */
 function processesOf({ gauge, highest }: Makers, setting: string, answer: number, wanted: number) {
@@ -111,6 +44,46 @@ export function createGroupMetrics(name: 'ingest' | 'sink', size: number): Regis
   const registry = new Registry()
   processesOf(metricsIn(registry, `calltape_${name}`), `${name.toUpperCase()}_PROCESSES`, 0, size)
   return registry
+}
+
+function queueOf({ filled, gauge }: Makers) {
+  const queuedBytes = gauge('queued_bytes', 'Bytes of events that wait for Redis')
+  const queueMaxBytes = gauge('queue_max_bytes', 'MAX_QUEUE_BYTES: beyond that, events are refused')
+  return {
+    queuedEvents: gauge('queued_events', 'Events that wait for Redis, those in flight included'),
+    queuedBytes,
+    queueMaxBytes,
+    queueFilled: filled('queue', queuedBytes, queueMaxBytes),
+  }
+}
+
+function spoolOf({ counter, filled, gauge }: Makers) {
+  const spoolBytes = gauge('spool_bytes', 'Bytes in the spool')
+  const spoolMaxBytes = gauge('spool_max_bytes', 'SPOOL_MAX_BYTES; 0 without a spool')
+  return {
+    spoolBytes,
+    spoolMaxBytes,
+    spoolFilled: filled('spool', spoolBytes, spoolMaxBytes),
+    spoolEvents: gauge(
+      'spool_events',
+      'Events in the spool; those that an earlier process left count once they are read',
+    ),
+    spooled: counter('spooled_events_total', 'Events that went to the disk because Redis did not take them'),
+    spoolReplayed: counter('spool_replayed_events_total', 'Events of the spool that Redis has stored'),
+    spoolDamaged: counter(
+      'spool_damaged_records_total',
+      'Records of the spool that were changed on the disk, and are lost',
+    ),
+    spoolFailures: fromZero(
+      counter(
+        'spool_failures_total',
+        'What the spool could not do: it was full, the disk failed, or another process took it over',
+        'reason',
+      ),
+      'reason',
+      SPOOL_FAILURES,
+    ),
+  }
 }
 
 export type IngestMetrics = ReturnType<typeof createIngestMetrics>
@@ -145,35 +118,13 @@ export function createIngestMetrics() {
       'code',
       [...CLOSE_CODES, OTHER],
     ),
-    queuedEvents: gauge('queued_events', 'Events that wait for Redis, those in flight included'),
-    queuedBytes: gauge('queued_bytes', 'Bytes of events that wait for Redis'),
-    queueMaxBytes: gauge('queue_max_bytes', 'MAX_QUEUE_BYTES: beyond that, events are refused'),
+    ...queueOf(makers),
     inFlight: gauge('flushes_in_flight', 'Appends sent to Redis and not answered yet'),
     flushEvents: sizes('flush_events', 'Events in one append'),
     flushSeconds: seconds('flush_seconds', 'Time from sending an append to its reply'),
     flushFailures: counter('flush_failures_total', 'Appends that failed and were sent again'),
     redisUp: lowest('redis_up', '1 while there is a connection to Redis, else 0'),
-    spoolBytes: gauge('spool_bytes', 'Bytes in the spool'),
-    spoolMaxBytes: gauge('spool_max_bytes', 'SPOOL_MAX_BYTES; 0 without a spool'),
-    spoolEvents: gauge(
-      'spool_events',
-      'Events in the spool; those that an earlier process left count once they are read',
-    ),
-    spooled: counter('spooled_events_total', 'Events that went to the disk because Redis did not take them'),
-    spoolReplayed: counter('spool_replayed_events_total', 'Events of the spool that Redis has stored'),
-    spoolDamaged: counter(
-      'spool_damaged_records_total',
-      'Records of the spool that were changed on the disk, and are lost',
-    ),
-    spoolFailures: fromZero(
-      counter(
-        'spool_failures_total',
-        'What the spool could not do: it was full, the disk failed, or another process took it over',
-        'reason',
-      ),
-      'reason',
-      SPOOL_FAILURES,
-    ),
+    ...spoolOf(makers),
   }
 }
 

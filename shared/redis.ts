@@ -1,15 +1,14 @@
 /**
- * The one place that constructs Redis clients, and what both ingest and sink need of Redis: the partition count, scripts,
- * and the lanes along which scripts may run.
+ * The one place that constructs Redis clients, and what is asked of a Redis before it is used: its version, whether it may lose
+ * anything, its partition count.
  */
-import { createHash } from 'node:crypto'
 import { Cluster, Redis } from 'ioredis'
 import { backoffMs } from './backoff.js'
-import { addressOf, ClusterLane, everyMaster, FAILS_AT_ONCE, untilReady } from './cluster.js'
+import { addressOf, everyMaster, FAILS_AT_ONCE, untilReady } from './cluster.js'
 import { isBug, OperatorError } from './config.js'
-import { PARTITIONS_KEY, type PartitionKeys, Partitions } from './keys.js'
+import { PARTITIONS_KEY, Partitions } from './keys.js'
+import { someOf } from './lanes.js'
 import { type Logger, reasonOf } from './log.js'
-import { readPackageFile } from './package-root.js'
 import { connectFailure, type RedisTls, redisTls } from './redis-tls.js'
 
 export type RedisClient = Redis | Cluster
@@ -208,82 +207,9 @@ export async function readPartitions(client: RedisClient, fallback: number): Pro
   return new Partitions(Number(found))
 }
 
-/** Partitions that one script call can touch together: all of them on a single Redis, one each in a Cluster (a slot each). */
-export interface Lane {
-  readonly partitions: readonly PartitionKeys[]
-  /** Sinks sleep on this channel. It is the name of no key: see `Script`. */
-  readonly wake: string
-  /**
-   * The connection to the server that has them, as far as is known. What is sent there is not redirected and not sent again:
-   * it keeps its order, and what is sent behind it (WAIT) goes the same way. It fails when they have moved; then `find`.
-   *
-   * @throws when no server is known to have them
-   */
-  connection(): Redis
-  /** The same; undefined when no server is known to have them. */
-  knownServer(): Redis | undefined
-  /** Asks who has them now. @throws (rejects) Redis' errors */
-  find(): Promise<Redis>
-}
-
-export function lanesOf(client: RedisClient, partitions: Partitions): Lane[] {
-  if (client instanceof Cluster) return partitions.all.map((partition) => new ClusterLane(client, partition))
-  const { wake } = partitions.all[0]!
-  return [
-    {
-      partitions: partitions.all,
-      wake,
-      connection: () => client,
-      knownServer: () => client,
-      find: async () => client,
-    },
-  ]
-}
-
-/**
- * A Lua script of ours, run by its hash.
- *
- * While a slot moves to another server of a Cluster, a partition's keys are in two places. Redis lets a script run there only if
- * it finds all of the keys that it is given; what others it comes upon would seem to be missing. So a script to which that matters
- * is given the wake channel as well, which never is a key: then it is refused (TRYAGAIN) until the slot has moved.
- */
-export class Script {
-  private readonly source: string
-  readonly sha: string
-
-  /** @param path below the package's root */
-  constructor(path: string) {
-    this.source = readPackageFile(path)
-    this.sha = createHash('sha1').update(this.source).digest('hex')
-  }
-
-  /** Runs it; a server that does not know it yet (new, restarted, failed over) is told its source. */
-  async run(client: RedisClient, keys: string[], args: (string | number)[]): Promise<unknown> {
-    try {
-      return await client.evalsha(this.sha, keys.length, ...keys, ...args)
-    } catch (error) {
-      if (!isNoScript(error)) throw error
-      return await client.eval(this.source, keys.length, ...keys, ...args)
-    }
-  }
-
-  /** For callers that keep several in flight, where `run`'s way out would run out of order: see ingest/script-call.ts. */
-  async load(server: Redis): Promise<void> {
-    await server.script('LOAD', this.source)
-  }
-}
-
 /** A connection of one's own to that server, to subscribe on. It does not come back by itself; `connect` begins it. */
 export const subscriberTo = (server: Redis): Redis =>
   server.duplicate({ lazyConnect: true, enableReadyCheck: false, retryStrategy: () => null })
-
-/** What was answered, by those servers of a Cluster that did. @throws the first reason when none did */
-export function someOf<T>(results: PromiseSettledResult<T>[]): T[] {
-  const values = results.flatMap((result) => (result.status === 'fulfilled' ? [result.value] : []))
-  const [failed] = results.filter((result) => result.status === 'rejected')
-  if (failed && values.length === 0) throw failed.reason
-  return values
-}
 
 /** Those that are connected, of the nodes that have the keys: of a single server, that one. */
 export const mastersOf = (client: RedisClient): Redis[] =>
@@ -292,7 +218,3 @@ export const mastersOf = (client: RedisClient): Redis[] =>
 /** For whoever speaks of all keys. @throws OperatorError when a node that has some is not connected */
 export const everyMasterOf = (client: RedisClient): Redis[] =>
   client instanceof Cluster ? everyMaster(client) : [client]
-
-export function isNoScript(error: unknown): boolean {
-  return error instanceof Error && error.message.startsWith('NOSCRIPT')
-}

@@ -6,6 +6,7 @@ import { type DatabaseConfig, OperatorError } from './config.js'
 import { reasonOf } from './log.js'
 import { PACKAGE_ROOT, readPackageFile } from './package-root.js'
 import { createPool, escapeIdentifier, KEPT, type Pool, type PoolClient, sqlState } from './postgres.js'
+import { isOfLocks, LOCK_PATIENCE, type LockPatience, retryForLocks } from './table-locks.js'
 
 const MIGRATIONS = join(PACKAGE_ROOT, 'migrations')
 const MIGRATIONS_TABLE = 'calltape_migrations'
@@ -16,31 +17,50 @@ const NO_PRIVILEGE = '42501'
 
 /**
  * Brings the database to this version's schema. Safe to run from several places at once: one runs, the others wait. It is
- * one transaction: what fails half way leaves nothing.
+ * one transaction: what fails half way leaves nothing. It keeps sinks that write meanwhile waiting for some seconds at most.
  *
  * @returns the names of the migrations that were run, in order; none when it was up to date
  * @throws OperatorError when there is no such database, something there is not calltape's, a newer calltape migrated it, or
- *   a privilege is missing
+ *   a privilege is missing, or others do not let go of its tables
  */
-export async function migrate(database: DatabaseConfig, say: (line: string) => void = () => {}): Promise<string[]> {
+export async function migrate(
+  database: DatabaseConfig,
+  say: (line: string) => void = () => {},
+  patience: LockPatience = LOCK_PATIENCE,
+): Promise<string[]> {
   const pool = createPool(database, 'migrate', 1)
   try {
     await requireReachable(pool, database)
-    const client = await pool.connect()
-    try {
-      return await runMigrations(client, database, say)
-    } catch (error) {
-      if (sqlState(error) !== NO_PRIVILEGE) throw error
-      throw new OperatorError(`DATABASE_URL: its user lacks a privilege: ${reasonOf(error as Error)}`)
-    } finally {
-      client.release(true) // with it goes the lock, and whatever was not committed
-    }
+    return await retryForLocks(pool, () => migrateOnce(pool, database, say, patience.lockMs), say, patience)
+  } catch (error) {
+    if (sqlState(error) !== NO_PRIVILEGE) throw error
+    throw new OperatorError(`DATABASE_URL: its user lacks a privilege: ${reasonOf(error as Error)}`)
   } finally {
     await pool.end()
   }
 }
 
-async function runMigrations(client: PoolClient, database: DatabaseConfig, say: (line: string) => void) {
+async function migrateOnce(pool: Pool, database: DatabaseConfig, say: (line: string) => void, lockMs: number) {
+  const client = await pool.connect()
+  const complaints: string[] = []
+  try {
+    return await runMigrations(client, database, { say, lockMs, complain: (line) => complaints.push(line) })
+  } catch (error) {
+    if (!isOfLocks(error)) for (const line of complaints) say(line)
+    throw error
+  } finally {
+    client.release(true) // with it goes the lock, and whatever was not committed
+  }
+}
+
+interface Run {
+  say(line: string): void
+  /** Told which statement failed, and that it is rolled back. */
+  complain(line: string): void
+  lockMs: number
+}
+
+async function runMigrations(client: PoolClient, database: DatabaseConfig, { say, complain, lockMs }: Run) {
   // The BEGIN and COMMIT of the runner's `singleTransaction` are then this transaction's: lock, schema and migrations table are in it.
   await client.query('BEGIN')
   // The transaction's: through a pooler, one of the connection's would stay where nobody finds it again.
@@ -53,6 +73,7 @@ async function runMigrations(client: PoolClient, database: DatabaseConfig, say: 
     return []
   }
   await prepareSchema(client, database.DATABASE_SCHEMA, say)
+  await client.query(`SET LOCAL lock_timeout = ${lockMs}`) // of tables: those who migrate at the same time wait for each other
   const done = await runner({
     dbClient: client,
     dir: MIGRATIONS,
@@ -61,7 +82,7 @@ async function runMigrations(client: PoolClient, database: DatabaseConfig, say: 
     direction: 'up',
     singleTransaction: true,
     noLock: true,
-    logger: { debug() {}, info() {}, warn: say, error: say },
+    logger: { debug() {}, info() {}, warn: complain, error: complain },
   })
   return done.map((migration) => migration.name)
 }

@@ -3,7 +3,7 @@
  * waits for them keeps the other servers' calls waiting: until a connection is given up that owes an answer, it takes seconds.
  */
 import { backoffMs } from '../shared/backoff.js'
-import type { Lane } from '../shared/redis.js'
+import type { Lane } from '../shared/lanes.js'
 
 const FIRST_PAUSE_MS = 50
 const MAX_PAUSE_MS = 5000

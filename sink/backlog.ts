@@ -1,7 +1,9 @@
 /** How far PostgreSQL is behind Redis: of all calls, whichever sink works on them. See backlog.lua and behind.lua. */
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { PartitionKeys, Partitions } from '../shared/keys.js'
-import { type Lane, lanesOf, type RedisClient, Script } from '../shared/redis.js'
+import { type Lane, lanesOf } from '../shared/lanes.js'
+import type { RedisClient } from '../shared/redis.js'
+import { Script } from '../shared/script.js'
 
 const backlogScript = new Script('sink/backlog.lua')
 const behindScript = new Script('sink/behind.lua')

@@ -3,7 +3,7 @@
 -- A claim moves a call on in `ended`, so that it comes up again when the claim lapses; its new score is the claim's token.
 --
 -- KEYS  for each partition: ready, leased, open, ended, kept
---       last: the wake channel; so a slot that is on its way to another server is not looked into (shared/redis.ts)
+--       last: the wake channel; so a slot that is on its way to another server is not looked into (shared/script.ts)
 -- ARGV  [1] most calls  [2] retention, ms  [3] how long the claim lasts, ms
 --       then for each partition: stream key prefix, session key prefix
 -- Reply {{partition index from 1, call_sid, token,

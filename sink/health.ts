@@ -2,7 +2,7 @@
 import { createServer, type Server } from 'node:http'
 import { Registry } from 'prom-client'
 import { type Config, OperatorError } from '../shared/config.js'
-import type { Told } from '../shared/group.js'
+import type { GroupStatus } from '../shared/group.js'
 import { reasonOf } from '../shared/log.js'
 import type { Pool } from '../shared/postgres.js'
 import type { RedisClient } from '../shared/redis.js'
@@ -13,7 +13,7 @@ import type { Progress } from './progress.js'
 const UNREADY_AFTER_MS = 5000
 
 /** @throws OperatorError when the port cannot be listened on */
-export function serveHealth(config: Config, told: Told): Promise<Server> {
+export function serveHealth(config: Config, status: GroupStatus): Promise<Server> {
   const server = createServer((request, response) => {
     const send = (status: number, body: string, type = 'text/plain; charset=utf-8') =>
       response.writeHead(status, { 'Content-Type': type }).end(body)
@@ -23,8 +23,8 @@ export function serveHealth(config: Config, told: Told): Promise<Server> {
         (error: Error) => send(503, `${reasonOf(error)}\n`),
       )
     if (request.url === '/healthz') send(200, 'ok\n')
-    else if (request.url === '/metrics') answer(told.metrics(), Registry.PROMETHEUS_CONTENT_TYPE)
-    else if (request.url === '/readyz') answer(told.ready().then(() => 'ready\n'))
+    else if (request.url === '/metrics') answer(status.metrics(), Registry.PROMETHEUS_CONTENT_TYPE)
+    else if (request.url === '/readyz') answer(status.ready().then(() => 'ready\n'))
     else send(404, 'there is /metrics, /healthz and /readyz\n')
   })
   return new Promise((resolve, reject) => {

@@ -2,7 +2,7 @@
 -- isolate: a call that came to nothing too often is tried entry by entry. Before each one, what lies before it is committed;
 -- the cursor moves up to it, and the session says which entry is being tried: should it kill its sink, the next one knows.
 --
--- KEYS  leased, open, ended, stream, session, wake channel (see shared/redis.ts)
+-- KEYS  leased, open, ended, stream, session, wake channel (see shared/script.ts)
 -- ARGV  [1] the lease's token  [2] call_sid  [3] last entry committed  [4] entries read up to there (-1: unknown)
 --       [5] the entry that is tried next  [6] 1 if the call is finalized by what is committed, else 0
 -- Reply 1, or 0 if the lease had lapsed: then nothing was done, and nothing may be tried

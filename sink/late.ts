@@ -5,8 +5,10 @@
  */
 import { isCallSid } from '../shared/event-rules.js'
 import { type CallPlace, type Partitions, sessionKey, streamKey } from '../shared/keys.js'
+import { lanesOf, someOf } from '../shared/lanes.js'
 import type { Pool } from '../shared/postgres.js'
-import { lanesOf, type RedisClient, Script, someOf } from '../shared/redis.js'
+import type { RedisClient } from '../shared/redis.js'
+import { Script } from '../shared/script.js'
 
 const script = new Script('sink/due.lua')
 

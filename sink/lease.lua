@@ -3,7 +3,7 @@
 -- lease: takes ready calls for one sink until they hold enough, and says where to read on in each.
 --
 -- KEYS  for each partition: ready, leased, ended
---       last: the wake channel; so a slot that is on its way to another server is not looked into (shared/redis.ts)
+--       last: the wake channel; so a slot that is on its way to another server is not looked into (shared/script.ts)
 -- ARGV  [1] most calls  [2] most entries  [3] most bytes (at least one call is leased, however much it holds)
 --       [4] how long the lease lasts, ms  [5] most entries of one call that are read at once: a call counts for no more
 --       [6] lapses from which on a call is a suspect  [7] 1 if one of these may be leased, too, else 0

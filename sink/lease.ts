@@ -3,7 +3,9 @@
  * each must hold.
  */
 import { type CallPlace, type PartitionKeys, type Partitions, sessionKey, streamKey } from '../shared/keys.js'
-import { type Lane, lanesOf, type RedisClient, Script, someOf } from '../shared/redis.js'
+import { type Lane, lanesOf, someOf } from '../shared/lanes.js'
+import type { RedisClient } from '../shared/redis.js'
+import { Script } from '../shared/script.js'
 import { AwayLanes } from './away.js'
 import { MAX_READ_ENTRIES } from './read.js'
 

@@ -7,8 +7,9 @@
 import { Cluster, type Redis } from 'ioredis'
 import { addressOf } from '../shared/cluster.js'
 import type { Partitions } from '../shared/keys.js'
+import { type Lane, lanesOf, someOf } from '../shared/lanes.js'
 import type { Logger } from '../shared/log.js'
-import { type Lane, lanesOf, type RedisClient, someOf, subscriberTo } from '../shared/redis.js'
+import { type RedisClient, subscriberTo } from '../shared/redis.js'
 import type { Wake } from './wake.js'
 
 export interface Listening {
@@ -30,9 +31,9 @@ export async function listen(
 ): Promise<Listening> {
   const lanes = lanesOf(redis, partitions)
   if (redis instanceof Cluster) {
-    const ears = new ClusterEars(lanes, wake, log)
-    someOf(await Promise.allSettled(ears.open()))
-    return ears
+    const subscriptions = new ClusterSubscriptions(lanes, wake, log)
+    someOf(await Promise.allSettled(subscriptions.open()))
+    return subscriptions
   }
   const subscriber = await connect()
   const subscribe = () => Promise.all(lanes.map((lane) => subscriber.ssubscribe(lane.wake)))
@@ -48,8 +49,8 @@ export async function listen(
 const hear = (wake: Wake) => (_channel: string, message: string) => wake.news(message.split(',').map(Number))
 
 /** One for each server. Whatever happens to one, or to what it listens to: it is given up, and another one is opened. */
-class ClusterEars implements Listening {
-  private readonly ears = new Map<string, { connection: Redis; channels: string }>()
+class ClusterSubscriptions implements Listening {
+  private readonly subscriptions = new Map<string, { connection: Redis; channels: string }>()
 
   constructor(
     private readonly lanes: Lane[],
@@ -66,19 +67,19 @@ class ClusterEars implements Listening {
   }
 
   stop(): void {
-    for (const { connection } of this.ears.values()) connection.disconnect()
-    this.ears.clear()
+    for (const { connection } of this.subscriptions.values()) connection.disconnect()
+    this.subscriptions.clear()
   }
 
   /** @returns those that were missing, when they are subscribed */
   open(): Promise<void>[] {
     const wanted = this.byServer()
-    for (const [address, { connection, channels }] of this.ears) {
+    for (const [address, { connection, channels }] of this.subscriptions) {
       if (channelsOf(wanted.get(address) ?? []) === channels) continue
-      this.ears.delete(address)
+      this.subscriptions.delete(address)
       connection.disconnect()
     }
-    return [...wanted].filter(([address]) => !this.ears.has(address)).map(([, lanes]) => this.openOne(lanes))
+    return [...wanted].filter(([address]) => !this.subscriptions.has(address)).map(([, lanes]) => this.openOne(lanes))
   }
 
   private byServer(): Map<string, Lane[]> {
@@ -96,10 +97,10 @@ class ClusterEars implements Listening {
     const server = lanes[0]!.connection()
     const address = addressOf(server)
     const connection = subscriberTo(server)
-    this.ears.set(address, { connection, channels: channelsOf(lanes) })
+    this.subscriptions.set(address, { connection, channels: channelsOf(lanes) })
     const gone = new Promise<never>((_, reject) => {
       const giveUp = (why: string) => {
-        if (this.ears.get(address)?.connection === connection) this.ears.delete(address)
+        if (this.subscriptions.get(address)?.connection === connection) this.subscriptions.delete(address)
         connection.disconnect()
         reject(new Error(`${address}: ${why}`))
       }

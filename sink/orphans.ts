@@ -13,7 +13,9 @@ import {
   sessionKey,
   streamKey,
 } from '../shared/keys.js'
-import { everyMasterOf, type Lane, lanesOf, type RedisClient, Script } from '../shared/redis.js'
+import { type Lane, lanesOf } from '../shared/lanes.js'
+import { everyMasterOf, type RedisClient } from '../shared/redis.js'
+import { Script } from '../shared/script.js'
 
 /** The label `kind` of calltape_sink_orphan_streams. */
 export const ORPHAN_KINDS = [

@@ -15,7 +15,9 @@
  */
 import { randomUUID } from 'node:crypto'
 import { hash, type PartitionKeys, type Partitions, SINKS_KEY } from '../shared/keys.js'
-import { type Lane, lanesOf, type RedisClient, Script, someOf } from '../shared/redis.js'
+import { type Lane, lanesOf, someOf } from '../shared/lanes.js'
+import type { RedisClient } from '../shared/redis.js'
+import { Script } from '../shared/script.js'
 import type { Wake } from './wake.js'
 
 const announceScript = new Script('sink/announce.lua')
@@ -97,7 +99,7 @@ export class Share {
   /** @throws Redis' errors; when nobody has been able to say for so long who lives, all partitions are this sink's */
   private async ask(isFit: boolean): Promise<string[]> {
     try {
-      const living = (await this.say(isFit ? ANNOUNCED_MS : 0)).sort()
+      const living = (await this.announceFor(isFit ? ANNOUNCED_MS : 0)).sort()
       this.askedAt = performance.now()
       return living
     } catch (error) {
@@ -113,7 +115,7 @@ export class Share {
   /** @throws Redis' errors; then the others learn of it when the announcement lapses */
   async leave(): Promise<void> {
     this.hasLeft = true
-    await this.say(0)
+    await this.announceFor(0)
   }
 
   /**
@@ -121,7 +123,7 @@ export class Share {
    *
    * @throws Redis' errors; then it is looked at again
    */
-  async look(): Promise<void> {
+  async steal(): Promise<void> {
     const { wake } = this
     const noted = wake.takeNoted()
     if (noted.size === 0) return
@@ -132,7 +134,7 @@ export class Share {
       const limitMs = isIdle ? STEAL_AFTER_MS : Math.max(0, ownMs) + BUSY_STEAL_AFTER_MS
       const waiting = await this.waiting([...noted].map((partition) => this.partitions.at(partition)))
       for (const [partition, ms] of waiting) {
-        if (ms > limitMs) wake.add([partition])
+        if (ms > limitMs) wake.hint([partition])
         else if (ms >= 0) wake.news([partition]) // it is looked at again, for as long as there is something
       }
       for (const partition of noted) if (!waiting.has(partition)) wake.news([partition])
@@ -148,7 +150,7 @@ export class Share {
     return new Set(owners.flatMap((owner, partition) => (owner === this.id ? [partition] : [])))
   }
 
-  private async say(ms: number): Promise<string[]> {
+  private async announceFor(ms: number): Promise<string[]> {
     return (await announceScript.run(this.client, [SINKS_KEY], [this.id, ms])) as string[]
   }
 

@@ -172,7 +172,7 @@ function tend(
     metrics.ownedPartitions.set(share.owned)
     metrics.shared.sinks.set(share.sinks)
   })
-  again('looking at what other sinks leave', LOOK_MS, async () => gate.isOpen && share.look())
+  again('stealing what other sinks leave', LOOK_MS, async () => gate.isOpen && share.steal())
   again('reclaiming', TEND_MS, () => reclaim(context))
   again('reaping', TEND_MS, async () => {
     await gate.pass()

@@ -29,24 +29,24 @@ describe('hints', () => {
 
   test('are_gone_once_taken', () => {
     const wake = quiet()
-    wake.add([2])
+    wake.hint([2])
     expect([...wake.take()]).toEqual([2])
     expect([...wake.take()]).toEqual([])
   })
 
   test('are_each_there_once_however_often_they_come', () => {
     const wake = quiet()
-    wake.add([3, 1])
-    wake.add([1])
-    wake.add([3, 3])
+    wake.hint([3, 1])
+    wake.hint([1])
+    wake.hint([3, 3])
     expect([...wake.take()].sort()).toEqual([1, 3])
   })
 
   test('that_come_after_taking_stay_for_the_next_one', () => {
     const wake = quiet()
-    wake.add([1])
+    wake.hint([1])
     const taken = wake.take()
-    wake.add([2])
+    wake.hint([2])
     expect([[...taken], [...wake.take()]]).toEqual([[1], [2]])
   })
 })
@@ -60,18 +60,18 @@ describe('wait', () => {
     const wake = quiet()
     const worker = sleeper(wake)
     expect(await settled(worker)).toEqual({ awake: false })
-    wake.add([])
+    wake.hint([])
     expect(await settled(worker)).toEqual({ awake: false })
-    wake.add([0])
+    wake.hint([0])
     expect(await settled(worker)).toEqual({ awake: true })
   })
 
   test('wakes_one_worker_for_each_piece_of_news_the_longest_asleep_first', async () => {
     const wake = quiet()
     const workers = [sleeper(wake), sleeper(wake), sleeper(wake)]
-    wake.add([0, 1])
+    wake.hint([0, 1])
     expect(await settled(workers)).toEqual([{ awake: true }, { awake: false }, { awake: false }])
-    wake.add([1])
+    wake.hint([1])
     expect(await settled(workers)).toEqual([{ awake: true }, { awake: true }, { awake: false }])
   })
 
@@ -79,8 +79,8 @@ describe('wait', () => {
     const wake = quiet()
     const first = sleeper(wake)
     const second = sleeper(wake)
-    wake.add([0])
-    wake.add([0]) // nothing new, but there may be more than one worker can carry
+    wake.hint([0])
+    wake.hint([0]) // nothing new, but there may be more than one worker can carry
     expect(await settled([first, second])).toEqual([{ awake: true }, { awake: true }])
   })
 
@@ -141,7 +141,7 @@ describe('shared', () => {
     expect(wake.isIdle).toBe(false)
     sleeper(wake)
     expect(wake.isIdle).toBe(true)
-    wake.add([0])
+    wake.hint([0])
     expect(wake.isIdle).toBe(false)
   })
 })

@@ -29,7 +29,7 @@ export class Wake {
       this.hints.delete(p)
       this.noted.add(p)
     }
-    this.add(begun) // what there was of news went to whose they were
+    this.hint(begun) // what there was of news went to whose they were
   }
 
   owns(partition: number): boolean {
@@ -48,15 +48,15 @@ export class Wake {
   /** Calls of these partitions are ready. */
   news(partitions: number[]): void {
     if (this.own === undefined) {
-      this.add(partitions)
+      this.hint(partitions)
       return
     }
     for (const partition of partitions) if (!this.own.has(partition)) this.noted.add(partition)
-    this.add(partitions.filter((partition) => this.own?.has(partition)))
+    this.hint(partitions.filter((partition) => this.own?.has(partition)))
   }
 
   /** Hints at these partitions, whosever they are. */
-  add(partitions: number[]): void {
+  hint(partitions: number[]): void {
     if (partitions.length === 0) return
     for (const partition of partitions) this.hints.add(partition)
     this.sleepers.shift()?.()

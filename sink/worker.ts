@@ -105,7 +105,7 @@ export class Worker {
     const { leases: taken, more, gone } = await leases.lease(wake.take(), { ...limits, calls }, mayTakeSuspect)
     crashPoint('after-lease')
     if (taken.length > 0) metrics.leaseSeconds.observe((performance.now() - started) / 1000)
-    wake.add(more)
+    wake.hint(more)
     metrics.stolen.inc(taken.filter(({ partition }) => !wake.owns(partition.partition)).length)
     if (taken.length === 0) progress.succeeded('Redis') // else it has yet to give what was leased, and to settle it
     metrics.lostStreams.inc(gone.length)

@@ -65,8 +65,21 @@ async function remaining(): Promise<string[]> {
 
 const onLinux = test.skipIf(process.platform !== 'linux')
 
+test('what_cannot_be_is_refused_before_anything_runs_with_2', async () => {
+  for (const [args, reason] of [
+    [['--calls', 'many'], /--calls <n>.*a whole number from 1 on/],
+    [['--only', 'nothing'], /there is no nothing; there are end-to-end/],
+    [['--json', join(PACKAGE_ROOT, 'package.json', 'x.json')], /--json \/.*x\.json': \w+: /],
+    [['--json', folder], /--json \/.*': EISDIR/],
+  ] as const) {
+    const bench = startBench('--quick', '--only', 'skew', ...args)
+    expect([await bench.ended, bench.output.err], args.join(' ')).toEqual([2, expect.stringMatching(reason)])
+    expect(bench.output.out).toBe('')
+  }
+})
+
 test('every_figure_is_of_rows_that_were_compared', async () => {
-  const json = join(folder, 'figures.json')
+  const json = join(folder, 'figures', 'quick.json') // a folder that is not there
   const bench = startBench('--quick', '--only', 'end-to-end,peer-plain-loop,skew', '--json', json)
   expect(await bench.ended, bench.output.err).toBe(0)
   const { rows, targets, measured, skew, failures } = JSON.parse(await readFile(json, 'utf8')) as Figures
@@ -92,7 +105,7 @@ test('every_figure_is_of_rows_that_were_compared', async () => {
     const ideal = skew.ideals.find((each) => each.calls === calls && each.partitions === partitions)!
     expect(maxToMean, `${kind}, ${calls} in ${partitions}`).toBeLessThanOrEqual(ideal.rareMaxToMean)
   }
-  expect((await readdir(folder)).filter((name) => name !== 'figures.json')).toEqual([])
+  expect((await readdir(folder)).filter((name) => name !== 'figures')).toEqual([])
 })
 
 onLinux('ctrl_c_leaves_no_process_and_no_file_behind', async () => {

@@ -188,7 +188,7 @@ describe('ingest', () => {
       const { service, url, logFile } = await run('ingest', { INGEST_PORT })
       const [first, second] = childrenOf(service.pid)
       process.kill(first!, 'SIGKILL')
-      const starts = () => readFileSync(logFile, 'utf8').match(/"slot":0,.*ingest listens/g)?.length
+      const starts = () => readFileSync(logFile, 'utf8').match(/"process":0,.*ingest listens/g)?.length
       await until('the first one listens again', () => starts() === 2)
       await until('there are two again', async () => {
         return /^calltape_ingest_processes 2$/m.test((await ask(url, '/metrics')).text)
@@ -288,7 +288,7 @@ describe('sink', () => {
     })
     await store(1)
     await until('all are counted', async () => (await figure(url, 'calltape_sink_turns_total')) === 400)
-    expect(readFileSync(logFile, 'utf8')).toMatch(/"slot":0,.*a process died: it is started again/)
+    expect(readFileSync(logFile, 'utf8')).toMatch(/"process":0,.*a process died: it is started again/)
   })
 
   test('not_ready_while_one_hangs_and_what_it_had_counted_stays_counted', async () => {

@@ -4,10 +4,10 @@ import { runner } from 'node-pg-migrate'
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, test } from 'vitest'
 import { OperatorError, readConfig } from '../shared/config.js'
 import { PACKAGE_ROOT } from '../shared/package-root.js'
-import type { Pool } from '../shared/postgres.js'
+import type { Pool, PoolClient } from '../shared/postgres.js'
 import { migrate, requireSchema } from '../shared/schema.js'
 import { startSink } from '../sink/sink.js'
-import { type Database, freshDatabase, freshRedis, inPublic, log } from './support/stores.js'
+import { type Database, freshDatabase, freshRedis, inPublic, log, until } from './support/stores.js'
 
 const MIGRATIONS = readdirSync(join(PACKAGE_ROOT, 'migrations')).map((file) => file.replace(/\.sql$/, ''))
 
@@ -66,8 +66,8 @@ describe('migrate', () => {
     expect(unknown.message).toMatch(/^DATABASE_URL: .*\/no_such_database: .*does not exist/)
   })
 
-  test('down_leaves_nothing', async () => {
-    await migrate(database.config)
+  /** Takes the last `count` of them back. */
+  async function down(count: number): Promise<void> {
     const client = await database.pool.connect()
     const logger = { debug() {}, info() {}, warn() {}, error() {} }
     const dir = join(PACKAGE_ROOT, 'migrations')
@@ -76,10 +76,58 @@ describe('migrate', () => {
       dir,
       migrationsTable: 'calltape_migrations',
       direction: 'down',
-      count: 999,
+      count,
       logger,
     })
     client.release()
+  }
+
+  describe('of_tables_that_somebody_reads_for_long', () => {
+    let reader: PoolClient
+    beforeEach(async () => {
+      await migrate(database.config)
+      await down(1)
+      reader = await database.pool.connect()
+      await reader.query(`SET application_name = 'a-report'; BEGIN; SELECT FROM call_sessions`)
+    })
+    afterEach(() => reader.release(true))
+
+    test('waits_for_them_and_keeps_nobody_from_writing_meanwhile', async () => {
+      const said: string[] = []
+      const migrated = migrate(database.config, (line) => said.push(line), { lockMs: 300, pauseMs: 300, forMs: 60_000 })
+      const waits = async () => {
+        const sql = `SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'`
+        return (await database.pool.query(sql)).rows.length > 0
+      }
+      for (let n = 0; n < 3; n++) {
+        await until('it waits', waits)
+        await database.pool.query(
+          `SET statement_timeout = '10s'; INSERT INTO call_sessions (call_sid) VALUES ('CA${n}')`,
+        )
+      }
+      await reader.query('COMMIT')
+      expect(await migrated).toEqual(MIGRATIONS.slice(-1))
+      expect(said).toEqual([
+        expect.stringMatching(
+          /^waits: calltape's tables are in use, by the transaction of process \d+ \(a-report, since .*Z\); sinks go on meanwhile$/,
+        ),
+      ])
+    })
+
+    test('gives_up_after_a_while_and_says_who_it_was', async () => {
+      const refusal = await migrate(database.config, () => {}, { lockMs: 100, pauseMs: 100, forMs: 500 }).catch(
+        (error: Error) => error,
+      )
+      expect(refusal).toBeInstanceOf(OperatorError)
+      expect((refusal as Error).message).toMatch(/^DATABASE_URL: calltape's tables are in use, by .*a-report.*: end it/)
+      const { rows } = await database.pool.query('SELECT name FROM calltape_migrations')
+      expect(rows.map((row) => row.name)).toEqual(MIGRATIONS.slice(0, -1))
+    })
+  })
+
+  test('down_leaves_nothing', async () => {
+    await migrate(database.config)
+    await down(999)
     await database.pool.query('DROP TABLE calltape_migrations')
     const { rows } = await database.pool.query(`
       SELECT 'relation ' || relname AS left FROM pg_class WHERE relnamespace = 'public'::regnamespace

@@ -1,7 +1,8 @@
 /** What Redis and PostgreSQL have of a call, and its removal from each of them. */
 import { callSidInSql, type Partitions, sessionKey, streamKey } from '../../shared/keys.js'
 import { escapeIdentifier, type Pool } from '../../shared/postgres.js'
-import { type RedisClient, Script } from '../../shared/redis.js'
+import type { RedisClient } from '../../shared/redis.js'
+import { Script } from '../../shared/script.js'
 import { storable } from '../../sink/decode.js'
 
 const eraseScript = new Script('cli/erase/erase.lua')

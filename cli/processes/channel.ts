@@ -1,7 +1,7 @@
 /** Questions and answers between a group's processes and the one that started them, over Node's IPC. */
 import type { ChildProcess } from 'node:child_process'
 
-export type Question = 'metrics' | 'ready'
+export type Question = 'metrics' | 'ready' | 'alive'
 type Message = { ask: number; what: Question } | { answer: number; value: unknown } | { answer: number; error: string }
 type End = Pick<ChildProcess, 'on' | 'send'> | (NodeJS.Process & { send: NonNullable<NodeJS.Process['send']> })
 
@@ -9,10 +9,10 @@ export class Channel {
   private asked = 0
   private readonly waiting = new Map<number, { resolve(value: unknown): void; reject(error: Error): void }>()
 
-  /** @param answers what the other side may ask; what they throw is thrown there, as its message */
+  /** @param answers what else the other side may ask; what they throw is thrown there, as its message */
   constructor(
     private readonly end: End,
-    private readonly answers: Record<Question, () => Promise<unknown>>,
+    private readonly answers: Record<Exclude<Question, 'alive'>, () => Promise<unknown>>,
   ) {
     const onMessage = (message: unknown) => this.receive(message as Partial<Message>)
     ;(end as ChildProcess).on('message', onMessage)
@@ -26,7 +26,9 @@ export class Channel {
     try {
       return await new Promise((resolve, reject) => {
         this.waiting.set(id, { resolve, reject })
-        timer = setTimeout(() => reject(new Error(`no answer within ${timeoutMs} ms`)), timeoutMs)
+        const giveUp = () => reject(new Error(`no answer within ${timeoutMs} ms`))
+        // Not before what has come is read: when this process is late itself, the answer may have been there for long.
+        timer = setTimeout(() => setImmediate(giveUp), timeoutMs)
         this.send({ ask: id, what }, reject)
       })
     } finally {
@@ -44,7 +46,8 @@ export class Channel {
   }
 
   private async reply({ ask, what }: { ask: number; what: Question }): Promise<void> {
-    const message = await this.answers[what]().then(
+    const answer = what === 'alive' ? Promise.resolve() : this.answers[what]() // who can answer at all is alive
+    const message = await answer.then(
       (value): Message => ({ answer: ask, value }),
       (error: Error): Message => ({ answer: ask, error: error.message }),
     )

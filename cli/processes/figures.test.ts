@@ -84,6 +84,23 @@ test('what_is_up_is_up_only_if_it_is_so_everywhere', async () => {
   expect(line(text, 'calltape_sink_gate_open')).toBe('1')
 })
 
+test('a_queue_and_a_spool_that_are_full_show_beside_empty_ones', async () => {
+  const ingest = (queued: number, spooled: number, spoolMax: number) => {
+    const metrics = createIngestMetrics()
+    metrics.queuedBytes.set(queued)
+    metrics.queueMaxBytes.set(100)
+    metrics.spoolBytes.set(spooled)
+    metrics.spoolMaxBytes.set(spoolMax)
+    return valuesOf(metrics)
+  }
+  const text = await addUp(await Promise.all([ingest(3, 900, 1000), ingest(75, 0, 1000), ingest(0, 0, 1000)]))
+  expect(line(text, 'calltape_ingest_queued_bytes')).toBe('78')
+  expect(line(text, 'calltape_ingest_queue_filled_ratio')).toBe('0.75')
+  expect(line(text, 'calltape_ingest_spool_filled_ratio')).toBe('0.9')
+  const without = await addUp([await ingest(0, 0, 0), await ingest(0, 0, 0)])
+  expect(line(without, 'calltape_ingest_spool_filled_ratio'), 'without a spool').toBe('0')
+})
+
 test('what_each_says_of_the_stores_does_not_add_up_and_the_worst_partition_is_one', async () => {
   const text = await addUp(
     await sinks(

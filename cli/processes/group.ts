@@ -5,22 +5,25 @@
 
 import type { Registry } from 'prom-client'
 import type { Environment } from '../../shared/config.js'
-import type { MetricValues, Told, Waiting } from '../../shared/group.js'
+import type { GroupStatus, MetricValues, Waiting } from '../../shared/group.js'
 import type { Logger } from '../../shared/log.js'
 import { createGroupMetrics } from '../../shared/metrics.js'
 import { addUp } from './figures.js'
-import { Slot } from './slot.js'
+import { SupervisedProcess } from './supervised-process.js'
+import { PATIENCE, type Patience } from './watchdog.js'
 
 export interface GroupOptions {
   name: 'ingest' | 'sink'
   size: number
   /** Theirs, where it differs from ours. */
   environment: Environment
+  /** With a process that does not answer; half a minute, if absent. */
+  patience?: Patience
   log: Logger
 }
 
-export class ProcessGroup implements Told {
-  private readonly slots: Slot[] = []
+export class ProcessGroup implements GroupStatus {
+  private readonly processes: SupervisedProcess[] = []
   private isStopping = false
   private readonly own: Registry
 
@@ -40,8 +43,8 @@ export class ProcessGroup implements Told {
       const port = url === '' ? undefined : Number(new URL(url).port || (url.startsWith('https') ? 443 : 80))
       if (this.isStopping) return url
       const others = Array.from({ length: this.options.size - 1 }, () => this.add())
-      if (port !== undefined) for (const slot of this.slots) slot.join(port)
-      const started = await Promise.allSettled(others.map((slot) => slot.start()))
+      if (port !== undefined) for (const child of this.processes) child.join(port)
+      const started = await Promise.allSettled(others.map((child) => child.start()))
       for (const result of started) if (result.status === 'rejected') throw result.reason
       return url
     } catch (error) {
@@ -52,30 +55,31 @@ export class ProcessGroup implements Told {
 
   async stop(): Promise<void> {
     this.isStopping = true
-    await Promise.all(this.slots.map((slot) => slot.stop()))
+    await Promise.all(this.processes.map((child) => child.stop()))
   }
 
   async metrics(): Promise<string> {
     const own = (await this.own.getMetricsAsJSON()) as MetricValues
-    return addUp([own, ...(await Promise.all(this.slots.map((slot) => slot.metrics()))).flat()])
+    return addUp([own, ...(await Promise.all(this.processes.map((child) => child.metrics()))).flat()])
   }
 
   /** All that serve must be ready: whoever gets the next connection can do its job. One that is being started gets none. */
   async ready(): Promise<Waiting | undefined> {
-    const serving = [...this.slots.entries()].filter(([, slot]) => slot.serves)
+    const serving = [...this.processes.entries()].filter(([, child]) => child.serves)
     if (serving.length === 0) throw new Error('no process serves')
-    const ask = ([place, slot]: [number, Slot]) =>
-      slot.ready().catch((error: Error) => {
-        throw new Error(`process ${place}: ${error.message}`)
+    const ask = ([index, child]: [number, SupervisedProcess]) =>
+      child.ready().catch((error: Error) => {
+        throw new Error(`process ${index}: ${error.message}`)
       })
     return together((await Promise.all(serving.map(ask))).filter((waiting) => waiting !== undefined))
   }
 
-  private add(): Slot {
-    const { name, size, environment, log } = this.options
-    const slot = this.slots.length
-    const added = new Slot({ name, slot, args: ['--slot', `${slot}/${size}`], environment, told: this, log })
-    this.slots.push(added)
+  private add(): SupervisedProcess {
+    const { name, size, environment, patience = PATIENCE, log } = this.options
+    const index = this.processes.length
+    const args = ['--member', `${index}/${size}`]
+    const added = new SupervisedProcess({ name, index, args, environment, status: this, patience, log })
+    this.processes.push(added)
     return added
   }
 }

@@ -1,14 +1,14 @@
 /** One process of a group: started, started again when it dies, asked, stopped. */
-import { type ChildProcess, fork } from 'node:child_process'
-import { join } from 'node:path'
+import type { ChildProcess } from 'node:child_process'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { backoffMs } from '../../shared/backoff.js'
-import { childEnvironment, type Environment } from '../../shared/config.js'
-import type { MetricValues, Told, Waiting } from '../../shared/group.js'
+import type { Environment } from '../../shared/config.js'
+import type { GroupStatus, MetricValues, Waiting } from '../../shared/group.js'
 import type { Logger } from '../../shared/log.js'
-import { PACKAGE_ROOT } from '../../shared/package-root.js'
+import { hasEnded, NotStarted, PROGRAM, startChild, stopChild } from '../child.js'
 import { Channel } from './channel.js'
 import { counted, keepCounts } from './figures.js'
+import { hangs, type Patience } from './watchdog.js'
 
 const FIRST_PAUSE_MS = 200
 const MAX_PAUSE_MS = 10_000
@@ -19,28 +19,21 @@ const ANSWER_TIMEOUT_MS = 2500
 /** Above what a process gives itself to finish, below what is promised for the whole. */
 const STOP_TIMEOUT_MS = 9000
 
-/** It ended before it served; why, it has said itself. */
-export class NotStarted extends Error {
-  constructor(
-    readonly exitCode: number | null,
-    how: string,
-  ) {
-    super(how)
-  }
-}
-
-export interface SlotOptions {
+export interface SupervisedOptions {
   name: 'ingest' | 'sink'
-  slot: number
+  /** Which of the group it is, from 0. */
+  index: number
   /** What the command is given behind its name. */
   args: string[]
   environment: Environment
-  /** What its process may ask of all. */
-  told: Told
+  /** What the process may ask of all of them. */
+  status: GroupStatus
+  /** With a process that does not answer. */
+  patience: Patience
   log: Logger
 }
 
-export class Slot {
+export class SupervisedProcess {
   private child: ChildProcess | undefined
   private channel: Channel | undefined
   private exited: Promise<void> = Promise.resolve()
@@ -53,13 +46,13 @@ export class Slot {
   /** What those before it had counted. */
   private past: MetricValues = []
 
-  constructor(private readonly options: SlotOptions) {}
+  constructor(private readonly options: SupervisedOptions) {}
 
   get serves(): boolean {
     return this.isServing
   }
 
-  /** Who is started in it from now on shares `port`: whether anybody else has it is asked no more, for others of us do. */
+  /** What is started from now on shares `port`: whether anybody else has it is asked no more, for others of us do. */
   join(port: number): void {
     this.port = port
   }
@@ -78,14 +71,10 @@ export class Slot {
   /** Resolves when there is no process any more. */
   async stop(): Promise<void> {
     this.isStopping = true
-    const { child } = this
-    child?.kill('SIGTERM')
-    const timer = setTimeout(() => {
-      this.options.log.error({ slot: this.options.slot }, 'a process does not stop: it is killed')
-      child?.kill('SIGKILL')
-    }, STOP_TIMEOUT_MS)
+    if (this.child && !(await stopChild(this.child, 'SIGTERM', STOP_TIMEOUT_MS))) {
+      this.options.log.error({ process: this.options.index }, 'a process did not stop: it was killed')
+    }
     await this.exited
-    clearTimeout(timer)
   }
 
   /** What it and those before it have counted; gauges only if it answers. */
@@ -107,17 +96,12 @@ export class Slot {
   }
 
   private async launch(): Promise<string> {
-    const { name, args, environment, told } = this.options
+    const { name, args, environment, status } = this.options
     const shared = this.port === undefined ? [] : ['--port', String(this.port)]
-    const child = fork(join(PACKAGE_ROOT, 'dist/cli/calltape.js'), [name, ...args, ...shared], {
-      env: childEnvironment(environment),
-      execArgv: [],
-      stdio: ['ignore', 'inherit', 'inherit', 'ipc'],
-      serialization: 'advanced', // JSON has no NaN
-      detached: true, // Ctrl-C is for us: we stop all, and start none again
-    })
+    const { process: child, serving } = startChild(PROGRAM, [name, ...args, ...shared], environment, 'inherit')
+    const channel = new Channel(child, status)
     this.child = child
-    this.channel = new Channel(child, told)
+    this.channel = channel
     this.exited = new Promise((resolve) => {
       child.once('exit', () => {
         this.isServing = false
@@ -125,22 +109,23 @@ export class Slot {
       })
       child.on('error', () => child.pid === undefined && resolve()) // then there is no 'exit'
     })
-    return await new Promise<string>((resolve, reject) => {
-      const onMessage = (message: unknown) => {
-        const { url } = message as { url?: string }
-        if (url === undefined) return
-        child.off('message', onMessage)
-        this.isServing = true
-        resolve(url)
-      }
-      child.on('message', onMessage)
-      child.once('exit', (code, signal) => reject(new NotStarted(code, signal ?? `exit code ${code}`)))
-      child.once('error', reject)
-    })
+    const url = await serving
+    this.isServing = !hasEnded(child)
+    void this.watch(child, channel)
+    return url
+  }
+
+  /** From when it serves until it is to stop: `stop` has a limit of its own. */
+  private async watch(child: ChildProcess, channel: Channel): Promise<void> {
+    const { log, index, patience } = this.options
+    const isWatched = () => child.connected && !this.isStopping
+    if (!(await hangs((timeoutMs) => channel.ask('alive', timeoutMs), isWatched, patience))) return
+    log.error({ process: index, silentMs: patience.everyMs * patience.questions }, 'a process hangs: it is killed')
+    child.kill('SIGKILL')
   }
 
   private async supervise(): Promise<void> {
-    const { log, slot } = this.options
+    const { log, index } = this.options
     for (;;) {
       const born = Date.now()
       await this.exited
@@ -151,11 +136,11 @@ export class Slot {
       if (this.isStopping) return
       if (Date.now() - born > LONG_LIFE_MS) this.failures = 0
       const pauseMs = backoffMs(++this.failures, FIRST_PAUSE_MS, MAX_PAUSE_MS)
-      log.error({ slot, exitCode, signal: signalCode, pauseMs }, 'a process died: it is started again')
+      log.error({ process: index, exitCode, signal: signalCode, pauseMs }, 'a process died: it is started again')
       await sleep(pauseMs)
       if (this.isStopping) return
       await this.launch().catch((error: Error) => {
-        if (!(error instanceof NotStarted)) log.error({ slot, err: error }, 'a process cannot be started')
+        if (!(error instanceof NotStarted)) log.error({ process: index, err: error }, 'a process cannot be started')
       }) // it has ended: the loop begins anew
     }
   }
