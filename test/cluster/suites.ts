@@ -48,6 +48,7 @@ export const TESTS_NOT_ON_A_CLUSTER: Record<string, string> = {
   'a client that goes away before_its_answer_has_its_events_stored': ONE_SERVER,
   'ingest tells_what_waits_for_Redis_and_how_much_may': ONE_SERVER,
   'sink tells_of_the_stores': 'it compares with the memory of one server',
+  a_spool_is_never_taken_from_an_ingest_that_lives_and_cannot_empty_it: ONE_SERVER,
   is_not_called_missing_when_a_store_goes_away_meanwhile: ONE_SERVER,
   no_log_line_has_what_was_said_nor_a_phone_number_and_calls_are_named: ONE_SERVER,
   the_spool_keeps_all_in_order: 'it wants its Redis away, and a replica takes over',
