@@ -58,6 +58,7 @@ class LaneQueue {
   private readonly queue = new FairQueue()
   /** Appends that are sent and not answered. */
   inFlight = 0
+  queuedBytes = 0
   private nextNumber = 1
   private failing = false
   /** In a row: a Redis that answers, but refuses to write, must not be asked all the time. */
@@ -74,7 +75,13 @@ class LaneQueue {
   }
 
   push(event: CallEvent, payload: string, origin: Origin, position: number): void {
+    this.queuedBytes += payload.length + EVENT_OVERHEAD_BYTES
     this.queue.push(event.call_sid, payload, sessionNote(event), origin, position)
+  }
+
+  /** Its last append failed, or hangs. */
+  isAway(now: number): boolean {
+    return this.failures > 0 || now - (this.waitingSince ?? now) > AWAY_AFTER_MS
   }
 
   private nextBatch(): Batch {
@@ -129,6 +136,7 @@ class LaneQueue {
     if (this.appender.scriptCalls.length < MAX_FREE_CALLS) this.appender.scriptCalls.push(call)
     this.inFlight--
     this.failures = 0
+    this.queuedBytes -= batch.bytes + batch.events * EVENT_OVERHEAD_BYTES
     this.batches.splice(this.batches.indexOf(batch), 1)
     // Not within the `try`: an origin that throws is a bug, not an append that failed, and this batch must not be sent again.
     this.appender.applied(batch, reply as [number, string][], (performance.now() - started) / 1000)
@@ -160,7 +168,7 @@ class LaneQueue {
 }
 
 /** What those who hand events over need of it. */
-export type Sender = Pick<Appender, 'append' | 'isFull' | 'isAway'>
+export type Sender = Pick<Appender, 'append' | 'isFull' | 'isFullFor' | 'isAway'>
 
 export class Appender {
   private readonly lanes: LaneQueue[]
@@ -190,6 +198,18 @@ export class Appender {
     return this.queuedBytes > this.options.maxQueueBytes
   }
 
+  /**
+   * True when no more of that call should be. What a Cluster's dead server does not take must not fill the queue for the calls of
+   * others: a lane that is away has its equal part of the limit and no more, so all the lanes of a third of the servers have a third.
+   */
+  isFullFor(callSid: string): boolean {
+    if (this.isFull) return true
+    const part = this.options.maxQueueBytes / this.lanes.length
+    if (this.queuedBytes <= part) return false // asked for every event: as a rule it is known without looking for its lane
+    const lane = this.laneOf(callSid)
+    return lane.queuedBytes > part && lane.isAway(Date.now())
+  }
+
   /** What is given to it now would wait, and nobody knows for how long. */
   get isAway(): boolean {
     return this.failure !== undefined || this.isFull || this.waitingMs > AWAY_AFTER_MS
@@ -215,8 +235,7 @@ export class Appender {
    * @param payload the event's JSON, as it goes into the stream
    */
   append(event: CallEvent, payload: string, origin: Origin, position: number): void {
-    const lane = this.lanes.length === 1 ? this.lanes[0]! : this.lanes[this.partitions.of(event.call_sid).partition]!
-    lane.push(event, payload, origin, position)
+    this.laneOf(event.call_sid).push(event, payload, origin, position)
     this.queuedBytes += payload.length + EVENT_OVERHEAD_BYTES
     this.queuedEvents++
     if (!this.flushScheduled) {
@@ -227,6 +246,10 @@ export class Appender {
         for (const each of this.lanes) each.flush()
       })
     }
+  }
+
+  private laneOf(callSid: string): LaneQueue {
+    return this.lanes.length === 1 ? this.lanes[0]! : this.lanes[this.partitions.of(callSid).partition]!
   }
 
   applied(batch: Batch, refused: [number, string][], seconds: number): void {

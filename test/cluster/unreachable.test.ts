@@ -143,3 +143,43 @@ for (const way of WAYS) {
     expect((await fetch(`${sinks[0]!.url}/readyz`)).status).toBe(200)
   })
 }
+
+test('what_waits_for_a_dead_shard_fills_its_part_of_the_queue_and_the_others_have_theirs', async () => {
+  await cluster.flush()
+  const ingest = await testIngest({ REDIS_URL: cluster.url, MAX_QUEUE_BYTES: String(1024 * 1024) })
+  const [dead, other] = await cluster.masters()
+  const deadCalls = await callsOn(dead!, 100) // of all its partitions: together they would fill all there is, many times over
+  const [liveCall] = await callsOn(other!, 1)
+  const live = await Wire.open(ingest, `?call_sid=${liveCall}`)
+  await cluster.kill(dead!)
+  onTestFinished(() => cluster.restore())
+  const text = 'x'.repeat(1000)
+  const wires = new Map<string, Wire>()
+  for (const sid of deadCalls) {
+    const wire = await Wire.open(ingest)
+    wires.set(sid, wire)
+    for (let seq = 0; !wire.closed; seq++) {
+      wire.send(turn(sid, seq, text))
+      await sleep(2) // the first of them has to fail before it is known that the others will wait
+    }
+  }
+  expect([...wires.values()].map(({ closed }) => closed?.code)).toEqual(deadCalls.map(() => 1013))
+  const back = await Wire.open(ingest, `?call_sid=${deadCalls[0]}`)
+  expect(await back.untilClosed(), 'and who comes back is not greeted').toMatchObject({ code: 1013 })
+  const post = (sid: string) =>
+    fetch(`${ingest.url}/v1/events`, {
+      method: 'POST',
+      headers: { 'Content-Type': 'application/json' },
+      body: JSON.stringify([turn(sid, 0, text)]),
+    })
+  expect((await post(deadCalls[0]!)).status).toBe(503)
+  for (let seq = 0; seq < 200; seq++) live.send(turn(liveCall!, seq, text))
+  await live.untilAcked(200)
+  expect((await post(liveCall!)).status).toBe(200)
+  await cluster.restore()
+  const answer = await until('the dead one has come back', async () => {
+    const { status } = await post(deadCalls[0]!)
+    return status === 200
+  })
+  expect(answer).toBe(true)
+})
