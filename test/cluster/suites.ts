@@ -38,6 +38,11 @@ export const TESTS_NOT_ON_A_CLUSTER: Record<string, string> = {
   what_was_stored_of_a_call_before_it_was_refused_is_ready_for_the_sinks: ONE_SLOT,
   a_Redis_that_hangs_is_waited_for_no_longer_than_two_seconds_and_asked_again: ONE_SERVER,
   while_Redis_is_away_a_scrape_has_what_is_the_process_s_own_and_nothing_of_what_only_Redis_knows: ONE_SERVER,
+  a_connection_that_breaks_at_: ONE_SERVER,
+  a_Redis_that_refuses_to_write_is_a_clear_error:
+    'each server has users of its own: test/redis-acl.test.ts has a Cluster with them',
+  after_a_refusal_nothing_is_left_behind: 'it counts the connections to one server',
+  replicas_are_refused_where_there_are_too_few: 'each of the masters has one',
   'an ack comes_only_when_Redis_has_the_event_and_has_said_so': ONE_SERVER,
   'an ack survives_a_connection_to_Redis_that_breaks_before_it_has_answered': ONE_SERVER,
   'an ack comes_although_a_connection_to_Redis_went_silent_without_closing': ONE_SERVER,
