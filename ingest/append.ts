@@ -15,6 +15,7 @@ import { type CallEvent, Refusal } from '../shared/events.js'
 import type { Partitions } from '../shared/keys.js'
 import type { Logger } from '../shared/log.js'
 import type { IngestMetrics } from '../shared/metrics.js'
+import { Nagging } from '../shared/nagging.js'
 import { isNoScript, type Lane, lanesOf, type RedisClient, Script } from '../shared/redis.js'
 import { Batch } from './batch.js'
 import type { Confirm } from './durability.js'
@@ -135,6 +136,7 @@ class LaneQueue {
     call.reset() // of one that failed, nobody knows what the socket still holds
     if (this.appender.scriptCalls.length < MAX_FREE_CALLS) this.appender.scriptCalls.push(call)
     this.inFlight--
+    if (this.failures > 0) this.appender.recovered(this.lane)
     this.failures = 0
     this.queuedBytes -= batch.bytes + batch.events * EVENT_OVERHEAD_BYTES
     this.batches.splice(this.batches.indexOf(batch), 1)
@@ -150,7 +152,7 @@ class LaneQueue {
   private async recover(error: Error): Promise<void> {
     let lastError: Error = error
     for (;;) {
-      this.appender.failed(lastError)
+      this.appender.failed(lastError, this.lane)
       this.failures++
       if (!isNoScript(lastError)) await sleep(backoffMs(this.failures, FIRST_RETRY_PAUSE_MS, MAX_RETRY_PAUSE_MS))
       while (this.inFlight > 0) await sleep(1)
@@ -179,6 +181,7 @@ export class Appender {
   failure: string | undefined
   /** Nothing is sent any more. */
   isAbandoned = false
+  private readonly nagging = new Nagging()
   /** Free for the next batches of any lane: their buffers are worth keeping. */
   readonly scriptCalls: ScriptCall[] = []
 
@@ -276,10 +279,16 @@ export class Appender {
     for (const origin of waiting) origin.settled()
   }
 
-  failed(error: Error): void {
+  /** Of a Cluster's server that is down all lanes fail, again and again: it is said once, and now and then. */
+  failed(error: Error, { address = 'no server' }: Lane): void {
     this.failure = error.message
     this.metrics.flushFailures.inc()
-    if (!isNoScript(error)) this.log.warn({ err: error, queued: this.queuedEvents }, 'append failed, will retry')
+    if (isNoScript(error) || !this.nagging.isDue(address)) return
+    this.log.warn({ redis: address, err: error, queued: this.queuedEvents }, 'append failed, will retry')
+  }
+
+  recovered({ address = 'no server' }: Lane): void {
+    if (this.nagging.isOver(address)) this.log.info({ redis: address }, 'Redis takes events again')
   }
 
   /** @returns true as soon as all that was taken is stored; false if it is not by then */
@@ -301,5 +310,8 @@ export class Appender {
     this.metrics.queuedEvents.set(this.queuedEvents)
     this.metrics.queuedBytes.set(this.queuedBytes)
     this.metrics.inFlight.set(this.lanes.reduce((sum, lane) => sum + lane.inFlight, 0))
+    const now = Date.now()
+    const away = this.lanes.filter((lane) => lane.isAway(now))
+    this.metrics.partitionsAway.set(away.reduce((sum, { lane }) => sum + lane.partitions.length, 0))
   }
 }

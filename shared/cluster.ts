@@ -51,7 +51,7 @@ export class ClusterLane implements Lane {
   ) {
     this.partitions = [partition]
     this.wake = partition.wake
-    this.slot = new Command('exists', [partition.wake]).getSlot()
+    this.slot = slotOf(partition.wake)
   }
 
   connection(): Redis {
@@ -65,10 +65,30 @@ export class ClusterLane implements Lane {
     return this.cluster.nodes('master').find((each) => addressOf(each) === master)
   }
 
+  get address(): string | undefined {
+    return this.cluster.slots[this.slot]?.[0]
+  }
+
   async find(): Promise<Redis> {
     await this.cluster.exists(this.wake) // by way of its answer, MOVED, the client learns
     return this.connection()
   }
+}
+
+const slotOf = (key: string) => new Command('exists', [key]).getSlot()
+const slots = new Map<string, number>()
+
+/**
+ * @param key one of a partition, or its channel: as many as there are partitions are remembered
+ * @returns the address (host:port) of the server that has the slot, as far as is known, whether it can be reached or not
+ */
+export function serverOf(cluster: Cluster, key: string): string | undefined {
+  let slot = slots.get(key)
+  if (slot === undefined) {
+    slot = slotOf(key)
+    slots.set(key, slot)
+  }
+  return cluster.slots[slot]?.[0]
 }
 
 const SLOTS = 16_384

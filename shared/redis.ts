@@ -222,6 +222,8 @@ export interface Lane {
   connection(): Redis
   /** The same; undefined when no server is known to have them. */
   knownServer(): Redis | undefined
+  /** The address (host:port) of the server that has them, as far as is known, whether it can be reached or not. */
+  readonly address: string | undefined
   /** Asks who has them now. @throws (rejects) Redis' errors */
   find(): Promise<Redis>
 }
@@ -235,6 +237,7 @@ export function lanesOf(client: RedisClient, partitions: Partitions): Lane[] {
       wake,
       connection: () => client,
       knownServer: () => client,
+      address: addressOf(client),
       find: async () => client,
     },
   ]

@@ -9,6 +9,7 @@ import { addressOf } from '../shared/cluster.js'
 import type { Partitions } from '../shared/keys.js'
 import type { Logger } from '../shared/log.js'
 import { type Lane, lanesOf, type RedisClient, someOf, subscriberTo } from '../shared/redis.js'
+import { AwayServers } from './away.js'
 import type { Wake } from './wake.js'
 
 export interface Listening {
@@ -30,7 +31,7 @@ export async function listen(
 ): Promise<Listening> {
   const lanes = lanesOf(redis, partitions)
   if (redis instanceof Cluster) {
-    const ears = new ClusterEars(lanes, wake, log)
+    const ears = new ClusterEars(lanes, AwayServers.of(redis), wake, log)
     someOf(await Promise.allSettled(ears.open()))
     return ears
   }
@@ -53,6 +54,7 @@ class ClusterEars implements Listening {
 
   constructor(
     private readonly lanes: Lane[],
+    private readonly servers: AwayServers,
     private readonly wake: Wake,
     private readonly log: Logger,
   ) {}
@@ -85,7 +87,7 @@ class ClusterEars implements Listening {
     const servers = new Map<string, Lane[]>()
     for (const lane of this.lanes) {
       const server = lane.knownServer()
-      if (!server) continue // that will be known later
+      if (!server || this.servers.isAway(lane)) continue // that will be known, or answer, later
       const address = addressOf(server)
       servers.set(address, [...(servers.get(address) ?? []), lane])
     }

@@ -14,6 +14,8 @@ export const NOT_ON_A_CLUSTER: Record<string, string> = {
   'test/model.test.ts': ONE_SERVER,
   'test/faults/connections.test.ts': ONE_SERVER,
   'test/wake.test.ts': `${OWN_REDIS}, and counts the messages on its one channel: test/cluster.test.ts has what a Cluster's are`,
+  'test/spool.test.ts':
+    'it wants its Redis away, and a replica takes over: test/cluster/unreachable.test.ts has a dead shard',
   'test/rescue*.test.ts': 'the source is another application’s Redis, and has databases',
   'test/retention-memory.test.ts': OWN_REDIS,
   'test/demo.test.ts': 'it is about the servers that the demo starts',
@@ -54,6 +56,7 @@ export const TESTS_NOT_ON_A_CLUSTER: Record<string, string> = {
   'ingest tells_what_waits_for_Redis_and_how_much_may': ONE_SERVER,
   'sink tells_of_the_stores': 'it compares with the memory of one server',
   a_spool_is_never_taken_from_an_ingest_that_lives_and_cannot_empty_it: ONE_SERVER,
+  news_makes_the_sink_of_its_partition_ask_and_the_other_one_sleep_on: ONE_SERVER,
   is_not_called_missing_when_a_store_goes_away_meanwhile: ONE_SERVER,
   no_log_line_has_what_was_said_nor_a_phone_number_and_calls_are_named: ONE_SERVER,
   the_spool_keeps_all_in_order: 'it wants its Redis away, and a replica takes over',

@@ -183,3 +183,57 @@ test('what_waits_for_a_dead_shard_fills_its_part_of_the_queue_and_the_others_hav
   })
   expect(answer).toBe(true)
 })
+
+const hangClaim = 'while_a_shard_hangs_turns_of_the_others_calls_are_committed_as_soon_as_ever'
+test(hangClaim, { timeout: 60_000 }, async () => {
+  await cluster.flush()
+  const database = await freshDatabase()
+  onTestFinished(() => database.drop())
+  const stores = { REDIS_URL: cluster.url, DATABASE_URL: database.url }
+  const environment = { ...stores, SINK_METRICS_PORT: '0', LEASE_SECONDS: '2', SINK_WORKERS: '1' }
+  const ingest = await testIngest(environment)
+  const sink = await startSink(readConfig(environment), log)
+  onTestFinished(() => sink.stop())
+  const needed = await cluster.masterOf(slotOf(PARTITIONS_KEY))
+  const [hung, other] = (await cluster.masters()).filter((port) => port !== needed)
+  const sids = { hung: await callsOn(hung!, 10), live: [...(await callsOn(other!, 5)), ...(await callsOn(needed, 5))] }
+  const wires = new Map<string, Wire>()
+  for (const sid of [...sids.hung, ...sids.live]) wires.set(sid, await Wire.open(ingest, `?call_sid=${sid}`))
+  let turns = 0
+  const talk = async (ms: number) => {
+    for (const end = Date.now() + ms; Date.now() < end; turns++, await sleep(50)) {
+      for (const [sid, wire] of wires) wire.send(turn(sid, turns))
+    }
+  }
+  const away = async () => [
+    await figure(ingest.url, 'calltape_ingest_partitions_away'),
+    await figure(sink.url, 'calltape_sink_partitions_away'),
+  ]
+  const stored = async (calls: string[]) => {
+    const sql = `SELECT count(*)::int AS n, max(extract(epoch FROM persisted_at - ingested_at))::float AS longest
+                 FROM call_transcript_turns WHERE call_sid = ANY($1)`
+    const { rows } = await database.pool.query<{ n: number; longest: number }>(sql, [calls])
+    return rows[0]!
+  }
+  await talk(500)
+  expect(await away()).toEqual([0, 0])
+  const server = cluster.server(hung!)
+  await server.signal('SIGSTOP')
+  onTestFinished(() => server.signal('SIGCONT'))
+  const theirs = new Set(sids.hung.map((sid) => partitions.of(sid).partition))
+  // As if they had been heard just before: the sink asks the server that hangs, again and again.
+  const hints = setInterval(() => {
+    void cluster.client(other!).call('SPUBLISH', partitions.of(sids.live[0]!).wake, [...theirs].join())
+  }, 50)
+  await talk(6000)
+  clearInterval(hints)
+  const [ofIngest, ofSink] = await away()
+  expect(ofIngest, 'those that have events waiting').toBe(theirs.size)
+  expect(ofSink, 'all of the server').toBeGreaterThanOrEqual(theirs.size)
+  const whole = sids.live.length * turns
+  await until('all of the others are stored', async () => (await stored(sids.live)).n === whole)
+  expect((await stored(sids.live)).longest, 'seconds').toBeLessThan(3)
+  await server.signal('SIGCONT')
+  await until('its own are stored', async () => (await stored(sids.hung)).n === sids.hung.length * turns, 20_000)
+  await until('nothing is away any more', async () => (await away()).join() === '0,0')
+})
