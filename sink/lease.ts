@@ -142,11 +142,24 @@ export class Leases {
       }),
     )
     const answers = someOf(results) // one shard of a Cluster that cannot be reached does not stop the others
-    return {
+    const found = {
       leases: answers.flatMap((a) => a.leases),
       more: answers.flatMap((a) => a.more),
       gone: answers.flatMap((a) => a.gone),
     }
+    return answers.length === 1 ? found : this.withOneSuspect(found, limits)
+  }
+
+  /** Each slot of a Cluster leases one. What dies of one of them would take the others along, and make them more suspect yet. */
+  private async withOneSuspect<F extends { leases: Lease[]; more: number[] }>(
+    found: F,
+    limits: LeaseLimits,
+  ): Promise<F> {
+    const suspects = found.leases.filter(({ lapses }) => lapses >= limits.suspectLapses)
+    const surplus = new Set(suspects.sort((a, b) => a.lapses - b.lapses).slice(1))
+    if (surplus.size === 0) return found
+    const { again } = await this.settle([...surplus].map(givenBack))
+    return { ...found, leases: found.leases.filter((lease) => !surplus.has(lease)), more: [...found.more, ...again] }
   }
 
   private putOffUntilBack(lane: Lane, partitions: PartitionKeys[]): void {

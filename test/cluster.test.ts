@@ -90,6 +90,21 @@ test('reclaim_works_on_a_cluster', async () => {
   for (const lease of await leaseAll(leases, redis)) expect(lease).toMatchObject({ lapses: 1, waiting: 1 })
 })
 
+test('of_the_suspects_of_many_slots_one_is_leased_at_a_time', async () => {
+  await new Producer(redis).store(...calls.slice(0, 20).map((sid) => turn(sid, 0)))
+  for (let lapse = 0; lapse < 2; lapse++) {
+    await leaseAll(leases, redis, { leaseMs: 1 })
+    await new Promise((resolve) => setTimeout(resolve, 20))
+    expect(await leases.reclaim(100)).toHaveLength(20)
+  }
+  const everywhere = redis.partitions.all.map(({ partition }) => partition)
+  const found = await leases.lease(everywhere, { ...LIMITS, suspectLapses: 2 })
+  expect(found.leases).toHaveLength(1)
+  const inOther = calls.slice(0, 20).filter((sid) => redis.partitions.of(sid) !== found.leases[0]!.partition)
+  expect(new Set(found.more)).toEqual(new Set(inOther.map((sid) => redis.partitions.of(sid).partition)))
+  for (const sid of inOther) expect(Object.keys(await placesOf(redis, sid)).sort()).toEqual(['open', 'ready'])
+})
+
 test('reap_works_on_a_cluster', async () => {
   await new Producer(redis, { idleTimeoutMs: 1 }).store(...calls.map((sid) => turn(sid, 0)))
   await new Promise((resolve) => setTimeout(resolve, 20))

@@ -56,6 +56,9 @@ export const TESTS_NOT_ON_A_CLUSTER: Record<string, string> = {
   'ingest tells_what_waits_for_Redis_and_how_much_may': ONE_SERVER,
   'sink tells_of_the_stores': 'it compares with the memory of one server',
   a_spool_is_never_taken_from_an_ingest_that_lives_and_cannot_empty_it: ONE_SERVER,
+  a_sink_that_is_cut_off_while_it_subscribes_again_lives_and_is_woken_afterwards: ONE_SERVER,
+  a_poison_entry_deep_in_a_backlog_costs_no_more_sinks:
+    'less is read of a call at once there, and so it may cost one more',
   news_makes_the_sink_of_its_partition_ask_and_the_other_one_sleep_on: ONE_SERVER,
   is_not_called_missing_when_a_store_goes_away_meanwhile: ONE_SERVER,
   no_log_line_has_what_was_said_nor_a_phone_number_and_calls_are_named: ONE_SERVER,
