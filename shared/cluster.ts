@@ -1,7 +1,7 @@
 /** What a Redis Cluster wants that a single Redis does not. */
 import { setTimeout as sleep } from 'node:timers/promises'
 import { type Cluster, type ClusterOptions, Command, type Redis } from 'ioredis'
-import { OperatorError } from './config.js'
+import { isBug, OperatorError } from './config.js'
 import type { PartitionKeys } from './keys.js'
 import type { Lane } from './redis.js'
 
@@ -90,6 +90,10 @@ export function serverOf(cluster: Cluster, key: string): string | undefined {
   }
   return cluster.slots[slot]?.[0]
 }
+
+/** Whether a server has said it, whatever it is; the redirections that came to nothing name what was said last. */
+export const isAnswer = (error: Error): boolean =>
+  error.name === 'ReplyError' || error.message.includes('ReplyError') || isBug(error)
 
 const SLOTS = 16_384
 

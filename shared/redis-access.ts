@@ -5,7 +5,7 @@
 import { OperatorError } from './config.js'
 import { PARTITIONS_KEY, Partitions } from './keys.js'
 import { readPackageFile } from './package-root.js'
-import { mastersOf, type RedisClient } from './redis.js'
+import { mastersOf, type RedisClient, someOf } from './redis.js'
 
 const words = (text: string) => text.trim().split(/\s+/)
 
@@ -37,12 +37,16 @@ export function aclRules(role: RedisRole): string[] {
 
 const script = readPackageFile('shared/access.lua')
 
-/** @throws OperatorError naming the commands that this user may not run; Redis' errors */
+/**
+ * Of a Cluster those servers are asked that answer: one that does not must not keep a process from serving the others' calls.
+ *
+ * @throws OperatorError naming the commands that this user may not run; Redis' errors, of a Cluster when none of its servers answers
+ */
 export async function requireAccess(client: RedisClient, role: RedisRole): Promise<void> {
   const commands = ROLES[role]
   const asked = JSON.stringify(commands.map(callOf))
-  for (const node of mastersOf(client)) {
-    const refused = (await node.eval(script, 0, asked)) as number[]
+  const answers = await Promise.allSettled(mastersOf(client).map((node) => node.eval(script, 0, asked)))
+  for (const refused of someOf(answers) as number[][]) {
     if (refused.length === 0) continue
     const names = refused.map((index) => commands[index - 1]).join(', ')
     throw new OperatorError(

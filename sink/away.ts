@@ -7,8 +7,7 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import { Cluster } from 'ioredis'
 import { backoffMs } from '../shared/backoff.js'
-import { serverOf } from '../shared/cluster.js'
-import { isBug } from '../shared/config.js'
+import { isAnswer, serverOf } from '../shared/cluster.js'
 import type { Logger } from '../shared/log.js'
 import { Nagging } from '../shared/nagging.js'
 import type { RedisClient } from '../shared/redis.js'
@@ -118,9 +117,6 @@ export class AwayServers {
     this.away.delete(server)
   }
 }
-
-/** A server has said it, whatever it is; the redirections that came to nothing name what was said last. */
-const isAnswer = (error: Error) => error.name === 'ReplyError' || error.message.includes('ReplyError') || isBug(error)
 
 /** For one part of a process: its lanes whose server is away, and those that were refused what it asks, which wait for a while. */
 export class AwayLanes {

@@ -1,5 +1,6 @@
 /** The sink process: workers, what has to be done now and then (reclaim, reap), and what it tells of itself over HTTP. */
 import { setTimeout as sleep } from 'node:timers/promises'
+import { awaitPartitions } from '../shared/await-partitions.js'
 import type { Config } from '../shared/config.js'
 import type { Group, Member } from '../shared/group.js'
 import type { CallPlace, Partitions } from '../shared/keys.js'
@@ -83,7 +84,7 @@ export async function startSink(config: Config, log: Logger, group?: Group): Pro
     const partitions = await askAtStart(config.REDIS_URL, async () => {
       await requireAccess(redis, 'sink')
       await warnOfLoss(redis, log)
-      return openPartitions(redis, config.PARTITIONS)
+      return awaitPartitions(redis, config.PARTITIONS, log)
     })
     const leases = new Leases(redis, partitions, leaseMs)
     const backlog = new Backlog(redis, partitions)

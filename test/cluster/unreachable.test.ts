@@ -5,8 +5,10 @@ import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { Command } from 'ioredis'
 import { afterAll, beforeAll, expect, inject, onTestFinished, test } from 'vitest'
+import { startIngest } from '../../ingest/ingest.js'
 import { type Environment, readConfig } from '../../shared/config.js'
 import { PARTITIONS_KEY, Partitions } from '../../shared/keys.js'
+import { createLog } from '../../shared/log.js'
 import { startSink } from '../../sink/sink.js'
 import { testIngest, Wire } from '../support/ingest.js'
 import { figure } from '../support/metrics.js'
@@ -183,6 +185,27 @@ test('what_waits_for_a_dead_shard_fills_its_part_of_the_queue_and_the_others_hav
   })
   expect(answer).toBe(true)
 })
+
+test('while_the_shard_with_the_partition_count_is_down_a_start_says_what_it_waits_for_and_goes_on_when_it_is_back', async () => {
+  const database = await freshDatabase()
+  onTestFinished(() => database.drop())
+  const stores = { REDIS_URL: cluster.url, DATABASE_URL: database.url, SINK_METRICS_PORT: '0', INGEST_PORT: '0' }
+  const config = readConfig(stores)
+  const needed = await cluster.masterOf(slotOf(PARTITIONS_KEY))
+  await cluster.kill(needed)
+  onTestFinished(() => cluster.restore())
+  const lines: string[] = []
+  const loud = createLog('test', 'warn', { write: (line: string) => void lines.push(line) })
+  const starts = [startIngest(config, loud), startSink(config, loud)]
+  for (const start of starts) onTestFinished(async () => await (await start).stop())
+  const waiting = `"redis":"127.0.0.1:${needed}"`
+  const said = () => lines.filter((line) => line.includes('cannot start before') && line.includes(waiting))
+  await until('both say what they wait for', () => said().length === 2)
+  await sleep(500)
+  expect(said(), 'once').toHaveLength(2)
+  await cluster.restore()
+  await Promise.all(starts)
+}, 60_000)
 
 const hangClaim = 'while_a_shard_hangs_turns_of_the_others_calls_are_committed_as_soon_as_ever'
 test(hangClaim, { timeout: 60_000 }, async () => {
