@@ -15,6 +15,8 @@ export const FAILS_AT_ONCE: ClusterOptions = {
   // While a slot moves, its scripts have to wait. Not for long here: calls of other slots may wait for the same answer.
   retryDelayOnTryAgain: 20,
   maxRedirections: 5,
+  // A name stays one: looked up before, its certificate would be compared with an address.
+  dnsLookup: (name, callback) => callback(null, name),
   // The layout is asked for, for where a server hangs, nothing answers with MOVED.
   slotsRefreshInterval: 2000,
 }
@@ -28,7 +30,7 @@ export const FAILS_AT_ONCE: ClusterOptions = {
 export async function untilReady(client: Cluster): Promise<void> {
   const late = new AbortController()
   const timeout = sleep(READY_MS, undefined, { signal: late.signal }).then(() => {
-    throw new Error('the Cluster is not ready; see what CLUSTER INFO says of cluster_state')
+    throw new OperatorError('REDIS_URL: the Cluster is not ready: see cluster_state in what CLUSTER INFO says')
   })
   const ready = new Promise((resolve) => client.once('ready', resolve))
   try {

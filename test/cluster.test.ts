@@ -1,4 +1,6 @@
 /** The protocol on a Redis Cluster of one node: no script touches two slots, and sinks are woken there, too. */
+import { once } from 'node:events'
+import { type AddressInfo, createServer } from 'node:net'
 import { Redis } from 'ioredis'
 import { afterAll, afterEach, beforeAll, beforeEach, expect, onTestFinished, test } from 'vitest'
 import { connectRedis, openPartitions, type RedisClient } from '../shared/redis.js'
@@ -113,6 +115,22 @@ test('reap_works_on_a_cluster', async () => {
     expect((await eventsOf(redis, sid)).at(-1)).toMatchObject({ type: 'call.ended', reason: 'abandoned' })
     expect(Object.keys(await placesOf(redis, sid))).toEqual(['ready'])
   }
+})
+
+test('a_cluster_that_cannot_be_reached_is_refused_with_what_is_the_matter_with_each_server', async () => {
+  const closes = createServer((socket) => socket.end()).listen(0, '127.0.0.1')
+  onTestFinished(() => void closes.close())
+  await once(closes, 'listening')
+  const { port } = closes.address() as AddressInfo
+  await expect(connectRedis(`redis://127.0.0.1:1,redis://127.0.0.1:${port}`, log)).rejects.toThrow(
+    'REDIS_URL: no server of the Cluster answers: 127.0.0.1:1: connect ECONNREFUSED 127.0.0.1:1; ' +
+      `127.0.0.1:${port}: it closes the connection, it may want TLS: rediss://`,
+  )
+  const single = await ownRedis()
+  onTestFinished(() => single.stop())
+  await expect(connectRedis(`${single.url},${single.url}`, log)).rejects.toThrow(
+    `REDIS_URL: Redis at ${new URL(single.url).host} cannot be used: ERR This instance has cluster support disabled`,
+  )
 })
 
 /** A sink's ears, and whose news they have heard. */
