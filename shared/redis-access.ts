@@ -30,6 +30,14 @@ const ROLES: Record<RedisRole, readonly string[]> = {
   commands: [...COMMON, ...COMMANDS],
 }
 
+/**
+ * What each of them has to be allowed on every server of a Cluster besides: to learn who has which slot, to follow a slot that moves
+ * (ASKING), and what the client says to a server that has become a replica, or is none any more.
+ */
+export const CLUSTER_RULES: readonly string[] = words(
+  '+asking +client|setname +cluster|info +cluster|slots +exists +ping +readonly +readwrite',
+)
+
 /** @returns the arguments of ACL SETUSER behind the user and his password */
 export function aclRules(role: RedisRole): string[] {
   return ['~ct:*', '&ct:*', ...ROLES[role].toSorted().map((command) => `+${command}`)]
