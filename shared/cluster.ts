@@ -5,8 +5,8 @@ import { isBug, OperatorError } from './config.js'
 import type { PartitionKeys } from './keys.js'
 import type { Lane } from './redis.js'
 
-/** Longer than it takes to find out that a server hangs, and to ask another one. */
-const READY_MS = 15_000
+/** Whom it asks is left to chance: longer than it takes to find out several times that a server hangs, 5 s each. */
+const READY_MS = 30_000
 
 /** On a Cluster, too, a command fails at once when its server is gone, or its slot has none: whoever sent it sends it again. */
 export const FAILS_AT_ONCE: ClusterOptions = {

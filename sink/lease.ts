@@ -56,7 +56,12 @@ export interface Settlement {
   quarantined?: boolean
   /** There was progress, but not yet at what its lapses are for. */
   keepLapses?: boolean
+  /** It is given back before anything was tried: what is known of it stays. */
+  untried?: boolean
 }
+
+/** It was leased, and not looked at. */
+const untouched = (lease: Lease): Settlement => ({ ...givenBack(lease), untried: true })
 
 /** Nothing of it was committed: whoever works next may have the call at once. */
 export const givenBack = (lease: Lease): Settlement => ({ lease, last: undefined, count: 0, finalized: false })
@@ -158,7 +163,7 @@ export class Leases {
     const suspects = found.leases.filter(({ lapses }) => lapses >= limits.suspectLapses)
     const surplus = new Set(suspects.sort((a, b) => a.lapses - b.lapses).slice(1))
     if (surplus.size === 0) return found
-    const { again } = await this.settle([...surplus].map(givenBack))
+    const { again } = await this.settle([...surplus].map(untouched))
     return { ...found, leases: found.leases.filter((lease) => !surplus.has(lease)), more: [...found.more, ...again] }
   }
 
@@ -179,7 +184,7 @@ export class Leases {
 
   /** Of a server that has been waited for in vain, and then woke up. */
   private giveBack(leases: Lease[]): void {
-    if (leases.length > 0) void this.settle(leases.map(givenBack)) // what does not come back lapses
+    if (leases.length > 0) void this.settle(leases.map(untouched)) // what does not come back lapses
   }
 
   /** How many partitions cannot be asked now. */
@@ -316,9 +321,9 @@ const endOf = ({ finalized, quarantined }: Settlement) =>
   finalized ? 'finalized' : quarantined ? 'quarantined' : 'unknown'
 
 /** What settle.lua is to do with the call's lapses. */
-function lapsesAfter({ lease, last, lapsed, keepLapses }: Settlement): 'none' | 'add' | 'keep' | 'forget' {
+function lapsesAfter({ lease, last, lapsed, keepLapses, untried }: Settlement): 'none' | 'add' | 'keep' | 'forget' {
   if (lapsed) return 'add'
-  if (lease.lapses === 0) return 'none'
+  if (lease.lapses === 0 || untried) return 'none'
   return last === undefined || keepLapses ? 'keep' : 'forget'
 }
 

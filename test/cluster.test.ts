@@ -105,6 +105,12 @@ test('of_the_suspects_of_many_slots_one_is_leased_at_a_time', async () => {
   const inOther = calls.slice(0, 20).filter((sid) => redis.partitions.of(sid) !== found.leases[0]!.partition)
   expect(new Set(found.more)).toEqual(new Set(inOther.map((sid) => redis.partitions.of(sid).partition)))
   for (const sid of inOther) expect(Object.keys(await placesOf(redis, sid)).sort()).toEqual(['open', 'ready'])
+  // The one that may have been at fault must not be tried alone once more for that.
+  const [other] = inOther
+  const session = redis.partitions.of(other!).sessionPrefix + other
+  await redis.client.hset(session, 'alone', '1-1')
+  await leases.lease(everywhere, { ...LIMITS, suspectLapses: 2 })
+  expect(await redis.client.hmget(session, 'lapses', 'alone')).toEqual(['2', '1-1'])
 })
 
 test('reap_works_on_a_cluster', async () => {
