@@ -33,6 +33,7 @@ export const TESTS_NOT_ON_A_CLUSTER: Record<string, string> = {
   a_lease_stops_at_the_limit_of_calls_and_tells_where_there_is_more: LIMITS,
   a_lease_stops_at_the_limit_of_bytes: LIMITS,
   no_more_calls_are_reclaimed_at_once_than_asked_for: LIMITS,
+  no_more_calls_are_reaped_at_once_than_asked_for: 'the limit is of each slot',
   leases_of_several_batches_and_partitions_are_settled_together: ONE_SLOT,
   a_key_of_another_type_refuses_only_its_own_call: ONE_SLOT,
   a_refusal_whose_reply_was_lost_is_said_again: ONE_SLOT,
@@ -41,6 +42,8 @@ export const TESTS_NOT_ON_A_CLUSTER: Record<string, string> = {
   a_Redis_that_hangs_is_waited_for_no_longer_than_two_seconds_and_asked_again: ONE_SERVER,
   while_Redis_is_away_a_scrape_has_what_is_the_process_s_own_and_nothing_of_what_only_Redis_knows: ONE_SERVER,
   a_connection_that_breaks_at_: ONE_SERVER,
+  one_that_takes_the_place_of_a_broken_one_is_not_cut_for_what_that_one_owed: ONE_SERVER,
+  each_has_a_spool_and_fewer_processes_replay_what_more_have_left: ONE_SERVER,
   a_Redis_that_refuses_to_write_is_a_clear_error:
     'each server has users of its own: test/redis-acl.test.ts has a Cluster with them',
   after_a_refusal_nothing_is_left_behind: 'it counts the connections to one server',
