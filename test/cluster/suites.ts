@@ -63,6 +63,8 @@ export const TESTS_NOT_ON_A_CLUSTER: Record<string, string> = {
   a_poison_entry_deep_in_a_backlog_costs_no_more_sinks:
     'less is read of a call at once there, and so it may cost one more',
   news_makes_the_sink_of_its_partition_ask_and_the_other_one_sleep_on: ONE_SERVER,
+  the_lag_is_the_age_of_the_oldest_entry_whoever_has_its_call:
+    'it tells ages apart by a few ms, and so much lies between the scripts of two slots',
   is_not_called_missing_when_a_store_goes_away_meanwhile: ONE_SERVER,
   no_log_line_has_what_was_said_nor_a_phone_number_and_calls_are_named: ONE_SERVER,
   the_spool_keeps_all_in_order: 'it wants its Redis away, and a replica takes over',
