@@ -81,7 +81,7 @@ test.each([
   ['redis://user:pass@host:1/2', 'redis://user:•••@host:1/2'],
   ['redis://:pass@host', 'redis://:•••@host'],
   ['redis://pass@host', 'redis://•••@host'],
-  ['rediss://a:p@h1:1, redis://h2,redis://:q@h3:3', 'rediss://a:•••@h1:1,redis://h2,redis://:•••@h3:3'],
+  ['rediss://a:p@h1:1, rediss://h2,rediss://:q@h3:3', 'rediss://a:•••@h1:1,rediss://h2,rediss://:•••@h3:3'],
   ['redis://host/3?family=6&password=pass&pass=word', 'redis://host/3?family=6&password=•••&•••'],
 ])('of_REDIS_URL=%s_there_is_to_see_%s', (url, seen) => {
   expect(settingsOf({ REDIS_URL: url }).REDIS_URL).toEqual([seen, 'environment'])

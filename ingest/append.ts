@@ -16,6 +16,7 @@ import type { Partitions } from '../shared/keys.js'
 import { type Lane, lanesOf } from '../shared/lanes.js'
 import type { Logger } from '../shared/log.js'
 import type { IngestMetrics } from '../shared/metrics.js'
+import { Nagging } from '../shared/nagging.js'
 import type { RedisClient } from '../shared/redis.js'
 import { isNoScript, Script } from '../shared/script.js'
 import { Batch } from './batch.js'
@@ -60,6 +61,7 @@ class LaneQueue {
   private readonly queue = new FairQueue()
   /** Appends that are sent and not answered. */
   inFlight = 0
+  queuedBytes = 0
   private nextNumber = 1
   private failing = false
   /** In a row: a Redis that answers, but refuses to write, must not be asked all the time. */
@@ -76,7 +78,13 @@ class LaneQueue {
   }
 
   push(event: CallEvent, payload: string, origin: Origin, position: number): void {
+    this.queuedBytes += payload.length + EVENT_OVERHEAD_BYTES
     this.queue.push(event.call_sid, payload, sessionNote(event), origin, position)
+  }
+
+  /** Its last append failed, or hangs. */
+  isAway(now: number): boolean {
+    return this.failures > 0 || now - (this.waitingSince ?? now) > AWAY_AFTER_MS
   }
 
   private nextBatch(): Batch {
@@ -130,7 +138,9 @@ class LaneQueue {
     call.reset() // of one that failed, nobody knows what the socket still holds
     if (this.appender.scriptCalls.length < MAX_FREE_CALLS) this.appender.scriptCalls.push(call)
     this.inFlight--
+    if (this.failures > 0) this.appender.recovered(this.lane)
     this.failures = 0
+    this.queuedBytes -= batch.bytes + batch.events * EVENT_OVERHEAD_BYTES
     this.batches.splice(this.batches.indexOf(batch), 1)
     // Not within the `try`: an origin that throws is a bug, not an append that failed, and this batch must not be sent again.
     this.appender.applied(batch, reply as [number, string][], (performance.now() - started) / 1000)
@@ -144,7 +154,7 @@ class LaneQueue {
   private async recover(error: Error): Promise<void> {
     let lastError: Error = error
     for (;;) {
-      this.appender.failed(lastError)
+      this.appender.failed(lastError, this.lane)
       this.failures++
       if (!isNoScript(lastError)) await sleep(backoffMs(this.failures, FIRST_RETRY_PAUSE_MS, MAX_RETRY_PAUSE_MS))
       while (this.inFlight > 0) await sleep(1)
@@ -162,7 +172,7 @@ class LaneQueue {
 }
 
 /** What those who hand events over need of it. */
-export type Sender = Pick<Appender, 'append' | 'isFull' | 'isAway'>
+export type Sender = Pick<Appender, 'append' | 'isFull' | 'isFullFor' | 'isAway'>
 
 export class Appender {
   private readonly lanes: LaneQueue[]
@@ -173,6 +183,7 @@ export class Appender {
   failure: string | undefined
   /** Nothing is sent any more. */
   isAbandoned = false
+  private readonly nagging = new Nagging()
   /** Free for the next batches of any lane: their buffers are worth keeping. */
   readonly scriptCalls: ScriptCall[] = []
 
@@ -190,6 +201,18 @@ export class Appender {
   /** True when no more should be taken in until Redis has caught up. */
   get isFull(): boolean {
     return this.queuedBytes > this.options.maxQueueBytes
+  }
+
+  /**
+   * True when no more of that call should be. What a Cluster's dead server does not take must not fill the queue for the calls of
+   * others: a lane that is away has its equal part of the limit and no more, so all the lanes of a third of the servers have a third.
+   */
+  isFullFor(callSid: string): boolean {
+    if (this.isFull) return true
+    const part = this.options.maxQueueBytes / this.lanes.length
+    if (this.queuedBytes <= part) return false // asked for every event: as a rule it is known without looking for its lane
+    const lane = this.laneOf(callSid)
+    return lane.queuedBytes > part && lane.isAway(Date.now())
   }
 
   /** What is given to it now would wait, and nobody knows for how long. */
@@ -217,8 +240,7 @@ export class Appender {
    * @param payload the event's JSON, as it goes into the stream
    */
   append(event: CallEvent, payload: string, origin: Origin, position: number): void {
-    const lane = this.lanes.length === 1 ? this.lanes[0]! : this.lanes[this.partitions.of(event.call_sid).partition]!
-    lane.push(event, payload, origin, position)
+    this.laneOf(event.call_sid).push(event, payload, origin, position)
     this.queuedBytes += payload.length + EVENT_OVERHEAD_BYTES
     this.queuedEvents++
     if (!this.flushScheduled) {
@@ -229,6 +251,10 @@ export class Appender {
         for (const each of this.lanes) each.flush()
       })
     }
+  }
+
+  private laneOf(callSid: string): LaneQueue {
+    return this.lanes.length === 1 ? this.lanes[0]! : this.lanes[this.partitions.of(callSid).partition]!
   }
 
   applied(batch: Batch, refused: [number, string][], seconds: number): void {
@@ -255,10 +281,16 @@ export class Appender {
     for (const origin of waiting) origin.settled()
   }
 
-  failed(error: Error): void {
+  /** Of a Cluster's server that is down all lanes fail, again and again: it is said once, and now and then. */
+  failed(error: Error, { address = 'no server' }: Lane): void {
     this.failure = error.message
     this.metrics.flushFailures.inc()
-    if (!isNoScript(error)) this.log.warn({ err: error, queued: this.queuedEvents }, 'append failed, will retry')
+    if (isNoScript(error) || !this.nagging.isDue(address)) return
+    this.log.warn({ redis: address, err: error, queued: this.queuedEvents }, 'append failed, will retry')
+  }
+
+  recovered({ address = 'no server' }: Lane): void {
+    if (this.nagging.isOver(address)) this.log.info({ redis: address }, 'Redis takes events again')
   }
 
   /** @returns true as soon as all that was taken is stored; false if it is not by then */
@@ -280,5 +312,8 @@ export class Appender {
     this.metrics.queuedEvents.set(this.queuedEvents)
     this.metrics.queuedBytes.set(this.queuedBytes)
     this.metrics.inFlight.set(this.lanes.reduce((sum, lane) => sum + lane.inFlight, 0))
+    const now = Date.now()
+    const away = this.lanes.filter((lane) => lane.isAway(now))
+    this.metrics.partitionsAway.set(away.reduce((sum, { lane }) => sum + lane.partitions.length, 0))
   }
 }

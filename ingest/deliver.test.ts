@@ -12,6 +12,7 @@ afterEach(() => void vi.useRealTimers())
 class Sender {
   isAway = false
   isFull = false
+  isFullFor = () => this.isFull
   readonly waiting: ((refusal?: Refusal) => void)[] = []
   append(_event: CallEvent, _payload: string, origin: Origin, position: number): void {
     this.waiting.push((refusal) => origin.settle(position, refusal))

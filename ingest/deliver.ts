@@ -42,7 +42,8 @@ export class Deliveries {
   /** Gives events to Redis, in order. */
   async deliver(events: CallEvent[]): Promise<Delivered> {
     if (events.length === 0) return { state: 'stored', refused: [] }
-    if (this.appender.isFull) return { state: 'unavailable', reason: 'the stores cannot take more now', refused: [] }
+    const isFull = events.some(({ call_sid }) => this.appender.isFullFor(call_sid))
+    if (isFull) return { state: 'unavailable', reason: 'the stores cannot take more now', refused: [] }
     const delivery = new Delivery(events)
     delivery.append(this.appender)
     return delivery.outcome

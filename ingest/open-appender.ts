@@ -1,9 +1,11 @@
 /** What has to be asked of Redis before anything is appended to it, by ingest or by `calltape rescue`. */
+
+import { awaitPartitions } from '../shared/await-partitions.js'
 import type { Config } from '../shared/config.js'
 import type { Partitions } from '../shared/keys.js'
 import type { Logger } from '../shared/log.js'
 import type { IngestMetrics } from '../shared/metrics.js'
-import { askAtStart, openPartitions, type RedisClient, warnOfLoss } from '../shared/redis.js'
+import { askAtStart, type RedisClient, warnOfLoss } from '../shared/redis.js'
 import { requireAccess } from '../shared/redis-access.js'
 import { Appender } from './append.js'
 import { durabilityCheck } from './durability.js'
@@ -17,7 +19,7 @@ export async function openAppender(
 ): Promise<{ partitions: Partitions; appender: Appender }> {
   return askAtStart(config.REDIS_URL, async () => {
     await requireAccess(redis, 'ingest')
-    const partitions = await openPartitions(redis, config.PARTITIONS)
+    const partitions = await awaitPartitions(redis, config.PARTITIONS, log)
     await warnOfLoss(redis, log)
     const confirm = await durabilityCheck(redis, config.DURABILITY, log)
     const options = {

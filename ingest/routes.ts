@@ -49,7 +49,8 @@ export class IngestRoutes implements Routes {
     }
     if (this.phase === 'stopping') return new Refusal('stopping', 'the process is stopping')
     // Before it is greeted: a bound connection is an event, its end another one, and who is turned away comes back for more.
-    if (appender.isFull) return new Refusal('overloaded', OVERLOADED)
+    const isFull = boundTo === undefined ? appender.isFull : appender.isFullFor(boundTo)
+    if (isFull) return new Refusal('overloaded', OVERLOADED)
     metrics.connections.inc()
     const options = { window: config.WINDOW, maxMessageBytes: config.MAX_MESSAGE_BYTES }
     const connection = new StreamConnection(socket, boundTo, appender, options, metrics)

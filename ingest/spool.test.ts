@@ -26,6 +26,7 @@ beforeEach(async () => {
 class Store {
   isAway = true
   isFull = false
+  isFullFor = () => this.isFull
   /** Stores what it is given at once; else `settle` does. */
   isPrompt = true
   /** Counted, but not kept. */

@@ -36,6 +36,8 @@ export class StreamConnection implements Origin {
   private readonly ahead = new Map<number, boolean>()
   private open = true
   private ended = false
+  /** It has been told to come back later: what comes behind the event that was not taken is not taken, either. */
+  private isTurnedAway = false
   private readonly id = randomUUID()
 
   constructor(
@@ -62,7 +64,7 @@ export class StreamConnection implements Origin {
   /** @param given one event or an array of events, as JSON in UTF-8; undefined for a message that is not text */
   accept(given: Buffer | undefined): void {
     // Before anything is taken: clients that come back to a full queue with all that was not acked must not fill it further.
-    if (this.appender.isFull) {
+    if (this.isTurnedAway || this.appender.isFull) {
       this.closeOverloaded()
       return
     }
@@ -72,7 +74,7 @@ export class StreamConnection implements Origin {
     if (this.isOverWindow) {
       const reason = `more than ${this.options.window} events unacknowledged`
       this.socket.close(CLOSE_WINDOW_EXCEEDED, reason)
-    } else if (this.appender.isFull) {
+    } else if (this.isTurnedAway || this.appender.isFull) {
       this.closeOverloaded()
     }
     this.sendAck()
@@ -92,7 +94,7 @@ export class StreamConnection implements Origin {
   /** One of many. @param json as it was given */
   private acceptNext(given: unknown, json?: string): void {
     // However many there are behind it: nobody will be told what became of them.
-    if (this.open && !this.isOverWindow && !this.appender.isFull) this.acceptEvent(given, json)
+    if (this.open && !this.isOverWindow && !this.isTurnedAway && !this.appender.isFull) this.acceptEvent(given, json)
   }
 
   private closeOverloaded(): void {
@@ -104,15 +106,18 @@ export class StreamConnection implements Origin {
   }
 
   private acceptEvent(given: unknown, json?: string): void {
-    const number = ++this.received
     const parsed = parseEvent(given, this.boundTo)
     if (parsed instanceof Refusal) {
-      this.refuse(number, parsed)
+      this.refuse(++this.received, parsed)
+      return
+    }
+    if (this.appender.isFullFor(parsed.event.call_sid)) {
+      this.isTurnedAway = true
       return
     }
     if (parsed.event.type === 'call.ended' && parsed.event.call_sid === this.boundTo) this.ended = true
     const payload = json === undefined || parsed.changed ? JSON.stringify(parsed.event) : json
-    this.appender.append(parsed.event, payload, this, number)
+    this.appender.append(parsed.event, payload, this, ++this.received)
   }
 
   private refuse(number: number, refusal: Refusal): void {

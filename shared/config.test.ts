@@ -74,7 +74,7 @@ test.each(['INGEST_TOKENS', 'TWILIO_AUTH_TOKEN', 'EXOTEL_SECRET'])(
 )
 
 test('several_Redis_URLs_are_a_Cluster', () => {
-  const REDIS_URL = 'redis://a:1,rediss://b:2, redis://c'
+  const REDIS_URL = 'redis://a:1,redis://b:2/0, redis://c/'
   expect(readConfig({ REDIS_URL }).REDIS_URL).toBe(REDIS_URL)
 })
 
@@ -96,6 +96,9 @@ describe('what_is_wrong_is_named', () => {
     ['REDIS_URL', 'redis://a:99999', /redis:\/\//],
     ['REDIS_URL', 'redis://a b', /redis:\/\//],
     ['REDIS_URL', 'redis://u:p%@h', /%25/],
+    ['REDIS_URL', 'redis://a,rediss://b', /both redis:\/\/ and rediss:\/\//],
+    ['REDIS_URL', 'redis://a,redis://b/1', /names a database/],
+    ['REDIS_URL', 'redis://a/1,redis://b/1', /names a database/],
     ['REDIS_URL', 'redis://h,redis://u:1/2@h', /%2F/],
     ['DATABASE_URL', 'postgres://u:1?2@h/x', /%3F/],
     ['DATABASE_URL', 'mysql://localhost/x', /postgres:\/\//],

@@ -1,6 +1,6 @@
 /** Along which connections scripts run: one for all partitions on a single Redis, one for each in a Cluster. */
 import { Cluster, type Redis } from 'ioredis'
-import { ClusterLane } from './cluster.js'
+import { addressOf, ClusterLane } from './cluster.js'
 import type { PartitionKeys, Partitions } from './keys.js'
 import type { RedisClient } from './redis.js'
 
@@ -18,6 +18,8 @@ export interface Lane {
   connection(): Redis
   /** The same; undefined when no server is known to have them. */
   knownServer(): Redis | undefined
+  /** The address (host:port) of the server that has them, as far as is known, whether it can be reached or not. */
+  readonly address: string | undefined
   /** Asks who has them now. @throws (rejects) Redis' errors */
   find(): Promise<Redis>
 }
@@ -31,6 +33,7 @@ export function lanesOf(client: RedisClient, partitions: Partitions): Lane[] {
       wake,
       connection: () => client,
       knownServer: () => client,
+      address: addressOf(client),
       find: async () => client,
     },
   ]

@@ -90,7 +90,7 @@ export type IngestMetrics = ReturnType<typeof createIngestMetrics>
 
 export function createIngestMetrics() {
   const makers = metricsOf('calltape_ingest')
-  const { registry, counter, gauge, lowest, seconds, sizes } = makers
+  const { registry, counter, gauge, highest, lowest, seconds, sizes } = makers
   return {
     registry,
     ...processesOf(makers, 'INGEST_PROCESSES', 1, 1),
@@ -124,6 +124,10 @@ export function createIngestMetrics() {
     flushSeconds: seconds('flush_seconds', 'Time from sending an append to its reply'),
     flushFailures: counter('flush_failures_total', 'Appends that failed and were sent again'),
     redisUp: lowest('redis_up', '1 while there is a connection to Redis, else 0'),
+    partitionsAway: highest(
+      'partitions_away',
+      'Partitions whose events wait, because appends fail or hang: all of a server of a Cluster that is down',
+    ),
     ...spoolOf(makers),
   }
 }
@@ -205,6 +209,10 @@ export function createSinkMetrics() {
     batchesInHand: gauge('batches_in_hand', 'Batches that are being worked on'),
     gateOpen: lowest('gate_open', '1 while this sink leases calls; 0 while it waits for PostgreSQL'),
     redisUp: lowest('redis_up', '1 while there is a connection to Redis, else 0'),
+    partitionsAway: highest(
+      'partitions_away',
+      'Partitions that cannot be asked for news, because their server of a Cluster is down or hangs',
+    ),
     postgresConnections: gauge(
       'postgres_connections',
       'Connections to PostgreSQL: busy, idle; and waiting: work that waits for one',

@@ -4,6 +4,7 @@
  */
 import { OperatorError } from './config.js'
 import { PARTITIONS_KEY, Partitions } from './keys.js'
+import { someOf } from './lanes.js'
 import { readPackageFile } from './package-root.js'
 import { mastersOf, type RedisClient } from './redis.js'
 
@@ -30,6 +31,14 @@ const ROLES: Record<RedisRole, readonly string[]> = {
   commands: [...COMMON, ...COMMANDS],
 }
 
+/**
+ * What each of them has to be allowed on every server of a Cluster besides: to learn who has which slot, to follow a slot that moves
+ * (ASKING), and what the client says to a server that has become a replica, or is none any more.
+ */
+export const CLUSTER_RULES: readonly string[] = words(
+  '+asking +client|setname +cluster|info +cluster|slots +exists +ping +readonly +readwrite',
+)
+
 /** @returns the arguments of ACL SETUSER behind the user and his password */
 export function aclRules(role: RedisRole): string[] {
   return ['~ct:*', '&ct:*', ...ROLES[role].toSorted().map((command) => `+${command}`)]
@@ -37,12 +46,16 @@ export function aclRules(role: RedisRole): string[] {
 
 const script = readPackageFile('shared/access.lua')
 
-/** @throws OperatorError naming the commands that this user may not run; Redis' errors */
+/**
+ * Of a Cluster those servers are asked that answer: one that does not must not keep a process from serving the others' calls.
+ *
+ * @throws OperatorError naming the commands that this user may not run; Redis' errors, of a Cluster when none of its servers answers
+ */
 export async function requireAccess(client: RedisClient, role: RedisRole): Promise<void> {
   const commands = ROLES[role]
   const asked = JSON.stringify(commands.map(callOf))
-  for (const node of mastersOf(client)) {
-    const refused = (await node.eval(script, 0, asked)) as number[]
+  const answers = await Promise.allSettled(mastersOf(client).map((node) => node.eval(script, 0, asked)))
+  for (const refused of someOf(answers) as number[][]) {
     if (refused.length === 0) continue
     const names = refused.map((index) => commands[index - 1]).join(', ')
     throw new OperatorError(

@@ -2,7 +2,7 @@
  * The one place that constructs Redis clients, and what is asked of a Redis before it is used: its version, whether it may lose
  * anything, its partition count.
  */
-import { Cluster, Redis } from 'ioredis'
+import { Cluster, Redis, type RedisOptions } from 'ioredis'
 import { backoffMs } from './backoff.js'
 import { addressOf, everyMaster, FAILS_AT_ONCE, untilReady } from './cluster.js'
 import { isBug, OperatorError } from './config.js'
@@ -34,7 +34,7 @@ export async function connectRedis(
   files: RedisTls = {},
   minVersion = MIN_VERSION,
 ): Promise<RedisClient> {
-  const urls = url.split(',').map((u) => u.trim())
+  const urls = urlsIn(url)
   const first = new URL(urls[0] ?? '')
   const common = {
     maxRetriesPerRequest: 0,
@@ -83,9 +83,35 @@ export async function connectRedis(
     const failure = lastError && ofNode(lastError)
     const refusal = failure ?? (error as Error)
     if (refusal.name === 'ReplyError') throw cannotBeUsed(url, refusal)
+    if (client instanceof Cluster) throw (await noServerAnswers(url, common, files)) ?? cannotBeUsed(url, refusal)
     throw new OperatorError(`REDIS_URL: no Redis answers at ${hostsOf(url)}: ${connectFailure(url, files, failure)}`)
   }
   return client
+}
+
+/**
+ * Of a Cluster ioredis says that it cannot be reached, and not why: its servers are asked one by one.
+ *
+ * @returns undefined when one of them answers
+ */
+async function noServerAnswers(url: string, options: RedisOptions, files: RedisTls): Promise<Error | undefined> {
+  const reasons = await Promise.all(
+    [...new Set(urlsIn(url))].map(async (each) => {
+      const server = new Redis(each, { ...options, retryStrategy: () => null })
+      let failure: Error | undefined
+      server.on('error', (error: Error) => {
+        failure = error
+      })
+      const answers = await server.connect().then(
+        () => true,
+        () => false,
+      )
+      server.disconnect()
+      return answers ? undefined : `${hostsOf(each)}: ${connectFailure(each, files, failure)}`
+    }),
+  )
+  if (reasons.includes(undefined)) return undefined
+  return new OperatorError(`REDIS_URL: no server of the Cluster answers: ${reasons.join('; ')}`)
 }
 
 /** A Cluster's error says only that none of its nodes could be used; why is in it. */
@@ -169,11 +195,9 @@ export async function askAtStart<T>(url: string, ask: () => Promise<T>): Promise
 const cannotBeUsed = (url: string, cause: Error) =>
   new OperatorError(`REDIS_URL: Redis at ${hostsOf(url)} cannot be used: ${reasonOf(cause)}`, { cause })
 
-const hostsOf = (url: string) =>
-  url
-    .split(',')
-    .map((u) => new URL(u.trim()).host)
-    .join(',')
+const urlsIn = (url: string) => url.split(',').map((u) => u.trim())
+
+const hostsOf = (url: string) => [...new Set(urlsIn(url))].map((u) => new URL(u).host).join(',')
 
 /**
  * The partition count is fixed at the first start: with another one, half of all calls would be looked for in the wrong place.

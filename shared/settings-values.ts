@@ -63,6 +63,8 @@ function isDecodable(v: string): boolean {
   }
 }
 
+const hasDatabase = (u: string) => !['', '/', '/0'].includes(new URL(u).pathname)
+
 export const redisUrl = z
   .string()
   .superRefine((v, context) => {
@@ -72,6 +74,10 @@ export const redisUrl = z
         'wants redis://[user:password@]host:port[/db] or rediss://…; several, comma-separated, for a Cluster',
       )
     } else if (urls.some(hasAtBehindHost)) context.addIssue(AT_BEHIND_HOST)
+    else if (new Set(urls.map((u) => new URL(u).protocol)).size > 1)
+      context.addIssue('has both redis:// and rediss://: all servers of a Cluster are reached in the same way')
+    else if (urls.length > 1 && urls.some(hasDatabase))
+      context.addIssue('names a database: a Cluster, which it is with several URLs, has none but 0')
     else if (!urls.every(isDecodable))
       context.addIssue('has a % that begins no %XX: within user and password write it as %25')
   })

@@ -9,6 +9,7 @@ import { lanesOf, someOf } from '../shared/lanes.js'
 import type { Pool } from '../shared/postgres.js'
 import type { RedisClient } from '../shared/redis.js'
 import { Script } from '../shared/script.js'
+import { AwayServers } from './away.js'
 
 const script = new Script('sink/due.lua')
 
@@ -42,14 +43,16 @@ export async function closeFinal(
   partitions: Partitions,
   most: number,
 ): Promise<{ calls: CallPlace[]; due: number }> {
-  const lanes = lanesOf(redis, partitions).map((lane) => {
-    const keys = [lane.wake, ...lane.partitions.flatMap((p) => [p.ready, p.leased, p.open, p.ended])]
-    return { ...lane, keys }
+  const servers = AwayServers.of(redis)
+  const reachable = lanesOf(redis, partitions).filter((lane) => !servers.isAway(lane))
+  const lanes = reachable.map(({ wake, partitions }) => {
+    const keys = [wake, ...partitions.flatMap((p) => [p.ready, p.leased, p.open, p.ended])]
+    return { wake, partitions, keys }
   })
   const results = await Promise.allSettled(
-    lanes.map(async ({ keys, partitions }): Promise<Due[]> => {
+    lanes.map(async ({ wake, keys, partitions }): Promise<Due[]> => {
       const args = ['look', most, ...partitions.map((p) => p.streamPrefix)]
-      const found = (await script.run(redis, keys, args)) as [number, string, string | null][]
+      const found = (await servers.inTime({ wake }, script.run(redis, keys, args))) as [number, string, string | null][]
       return found.map(([index, callSid, last]) => ({
         call: { callSid, partition: partitions[index - 1]! },
         index,

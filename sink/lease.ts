@@ -60,7 +60,12 @@ export interface Settlement {
   quarantined?: boolean
   /** There was progress, but not yet at what its lapses are for. */
   keepLapses?: boolean
+  /** It is given back before anything was tried: what is known of it stays. */
+  untried?: boolean
 }
+
+/** It was leased, and not looked at. */
+const untouched = (lease: Lease): Settlement => ({ ...givenBack(lease), untried: true })
 
 /** Nothing of it was committed: whoever works next may have the call at once. */
 export const givenBack = (lease: Lease): Settlement => ({ lease, last: undefined, count: 0, finalized: false })
@@ -89,6 +94,10 @@ export class Leases {
   private readonly lanes: Lane[]
   private readonly laneOf = new Map<PartitionKeys, Lane>()
   private readonly away: AwayLanes
+  /** Partitions that were to be looked into while they could not be, by their lanes. */
+  private readonly putOff = new Map<Lane, Set<number>>()
+  /** Told of those when they can be. */
+  onBack: (partitions: number[]) => void = () => undefined
 
   constructor(
     private readonly client: RedisClient,
@@ -96,7 +105,7 @@ export class Leases {
     private readonly leaseMs: number,
   ) {
     this.lanes = lanesOf(client, partitions)
-    this.away = new AwayLanes(this.lanes.length)
+    this.away = new AwayLanes(client)
     for (const lane of this.lanes) for (const partition of lane.partitions) this.laneOf.set(partition, lane)
   }
 
@@ -112,7 +121,12 @@ export class Leases {
     mayTakeSuspect = true,
   ): Promise<{ leases: Lease[]; more: number[]; gone: string[] }> {
     const asked = this.byLane([...hints].map((p) => this.partitions.at(p)))
-    for (const lane of asked.keys()) if (this.away.isAway(lane)) asked.delete(lane)
+    for (const [lane, partitions] of asked) {
+      if (!this.away.isAway(lane)) continue
+      asked.delete(lane)
+      this.putOffUntilBack(lane, partitions)
+    }
+    if (this.lanes.every((lane) => this.away.servers.isAway(lane))) throw new Error('no server of the Cluster answers')
     if (asked.size === 0) return { leases: [], more: [], gone: [] }
     const share = (limit: number) => Math.ceil(limit / asked.size)
     // Each slot of a Cluster leases one call at least, however small its share. So that they do not hold many times the limits,
@@ -125,16 +139,62 @@ export class Leases {
         const prefixes = partitions.flatMap((p) => [p.streamPrefix, p.sessionPrefix])
         const most = [share(limits.calls), share(limits.entries), share(limits.bytes)]
         const args = [...most, limits.leaseMs, mostOfACall, limits.suspectLapses, mayTakeSuspect ? 1 : 0, ...prefixes]
-        const reply = await this.away.watch(lane, leaseScript.run(this.client, keys, args))
-        return readLeases(reply as LeaseReply, partitions, mostOfACall)
+        const leased = leaseScript
+          .run(this.client, keys, args)
+          .then((reply) => readLeases(reply as LeaseReply, partitions, mostOfACall))
+        try {
+          return await this.away.watch(lane, leased, ({ leases }) => this.giveBack(leases))
+        } catch (error) {
+          if (this.away.isAway(lane)) this.putOffUntilBack(lane, partitions)
+          throw error
+        }
       }),
     )
     const answers = someOf(results) // one shard of a Cluster that cannot be reached does not stop the others
-    return {
+    const found = {
       leases: answers.flatMap((a) => a.leases),
       more: answers.flatMap((a) => a.more),
       gone: answers.flatMap((a) => a.gone),
     }
+    return answers.length === 1 ? found : this.withOneSuspect(found, limits)
+  }
+
+  /** Each slot of a Cluster leases one. What dies of one of them would take the others along, and make them more suspect yet. */
+  private async withOneSuspect<F extends { leases: Lease[]; more: number[] }>(
+    found: F,
+    limits: LeaseLimits,
+  ): Promise<F> {
+    const suspects = found.leases.filter(({ lapses }) => lapses >= limits.suspectLapses)
+    const surplus = new Set(suspects.sort((a, b) => a.lapses - b.lapses).slice(1))
+    if (surplus.size === 0) return found
+    const { again } = await this.settle([...surplus].map(untouched))
+    return { ...found, leases: found.leases.filter((lease) => !surplus.has(lease)), more: [...found.more, ...again] }
+  }
+
+  private putOffUntilBack(lane: Lane, partitions: PartitionKeys[]): void {
+    const numbers = partitions.map(({ partition }) => partition)
+    const waiting = this.putOff.get(lane)
+    if (waiting) {
+      for (const partition of numbers) waiting.add(partition)
+      return
+    }
+    this.putOff.set(lane, new Set(numbers))
+    void this.away.untilBack(lane).then(() => {
+      const these = [...this.putOff.get(lane)!]
+      this.putOff.delete(lane)
+      this.onBack(these)
+    })
+  }
+
+  /** Of a server that has been waited for in vain, and then woke up. */
+  private giveBack(leases: Lease[]): void {
+    if (leases.length > 0) void this.settle(leases.map(untouched)) // what does not come back lapses
+  }
+
+  /** How many partitions cannot be asked now. */
+  get partitionsAway(): number {
+    const away = this.lanes.filter((lane) => this.away.isAway(lane))
+    return away.reduce((sum, { partitions }) => sum + partitions.length, 0)
   }
 
   /** Gives leases that are still held their full time again. Not to be run while they are being settled. */
@@ -145,7 +205,8 @@ export class Leases {
       [...groups.values()].map(async (group) => {
         const keys = group.map((lease) => lease.partition.leased)
         const args = [group[0]!.deadline, this.leaseMs, ...group.map((lease) => lease.callSid)]
-        const deadline = (await prolongScript.run(this.client, keys, args)) as number
+        const prolonged = prolongScript.run(this.client, keys, args)
+        const deadline = (await this.away.servers.inTime(group[0]!.partition, prolonged)) as number
         for (const lease of group) lease.deadline = deadline
       }),
     )
@@ -198,7 +259,8 @@ export class Leases {
       const isAll = read >= 0 && count === lease.counted ? 1 : 0
       args.push(lease.callSid, last ?? lease.cursor, read, isAll, endOf(settlement), lapsesAfter(settlement))
     }
-    return (await settleScript.run(this.client, keys, args)) as [number, number[], [string, number][]]
+    const settled = settleScript.run(this.client, keys, args)
+    return (await this.away.servers.inTime(first.partition, settled)) as [number, number[], [string, number][]]
   }
 
   /** @returns the calls whose lapsed leases are open to all sinks again */
@@ -243,11 +305,13 @@ export class Leases {
     argsOf: (p: PartitionKeys) => string[],
     moreArgs: (lane: Lane) => string[] = () => [],
   ): Promise<string[]> {
+    const lanes = this.lanes.filter((lane) => !this.away.servers.isAway(lane))
     const results = await Promise.allSettled(
-      this.lanes.map((lane) => {
+      lanes.map((lane) => {
         const { wake, partitions } = lane
         const args = [most, ...partitions.flatMap(argsOf), ...moreArgs(lane)]
-        return script.run(this.client, [wake, ...partitions.flatMap(keysOf)], args)
+        const asked = script.run(this.client, [wake, ...partitions.flatMap(keysOf)], args)
+        return this.away.servers.inTime(lane, asked)
       }),
     )
     return someOf(results as PromiseSettledResult<string[]>[]).flat()
@@ -265,9 +329,9 @@ const endOf = ({ finalized, quarantined }: Settlement) =>
   finalized ? 'finalized' : quarantined ? 'quarantined' : 'unknown'
 
 /** What settle.lua is to do with the call's lapses. */
-function lapsesAfter({ lease, last, lapsed, keepLapses }: Settlement): 'none' | 'add' | 'keep' | 'forget' {
+function lapsesAfter({ lease, last, lapsed, keepLapses, untried }: Settlement): 'none' | 'add' | 'keep' | 'forget' {
   if (lapsed) return 'add'
-  if (lease.lapses === 0) return 'none'
+  if (lease.lapses === 0 || untried) return 'none'
   return last === undefined || keepLapses ? 'keep' : 'forget'
 }
 

@@ -10,6 +10,7 @@ import type { Partitions } from '../shared/keys.js'
 import { type Lane, lanesOf, someOf } from '../shared/lanes.js'
 import type { Logger } from '../shared/log.js'
 import { type RedisClient, subscriberTo } from '../shared/redis.js'
+import { AwayServers } from './away.js'
 import type { Wake } from './wake.js'
 
 export interface Listening {
@@ -31,7 +32,7 @@ export async function listen(
 ): Promise<Listening> {
   const lanes = lanesOf(redis, partitions)
   if (redis instanceof Cluster) {
-    const subscriptions = new ClusterSubscriptions(lanes, wake, log)
+    const subscriptions = new ClusterSubscriptions(lanes, AwayServers.of(redis), wake, log)
     someOf(await Promise.allSettled(subscriptions.open()))
     return subscriptions
   }
@@ -54,6 +55,7 @@ class ClusterSubscriptions implements Listening {
 
   constructor(
     private readonly lanes: Lane[],
+    private readonly servers: AwayServers,
     private readonly wake: Wake,
     private readonly log: Logger,
   ) {}
@@ -86,7 +88,7 @@ class ClusterSubscriptions implements Listening {
     const servers = new Map<string, Lane[]>()
     for (const lane of this.lanes) {
       const server = lane.knownServer()
-      if (!server) continue // that will be known later
+      if (!server || this.servers.isAway(lane)) continue // that will be known, or answer, later
       const address = addressOf(server)
       servers.set(address, [...(servers.get(address) ?? []), lane])
     }

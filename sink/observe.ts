@@ -4,18 +4,21 @@ import type { Pool } from '../shared/postgres.js'
 import { everyMasterOf, type RedisClient } from '../shared/redis.js'
 import { type Backlog, inTime } from './backlog.js'
 import type { Gate } from './gate.js'
+import type { Leases } from './lease.js'
 
 interface Parts {
   redis: RedisClient
   pool: Pool
   backlog: Backlog
   gate: Gate
+  leases: Leases
   metrics: SinkMetrics
 }
 
 /** A Redis that cannot be asked takes away what only it knows, and nothing else: that is when the other metrics are wanted. */
-export async function observe({ redis, pool, backlog, gate, metrics }: Parts): Promise<void> {
+export async function observe({ redis, pool, backlog, gate, leases, metrics }: Parts): Promise<void> {
   metrics.redisUp.set(redis.status === 'ready' ? 1 : 0)
+  metrics.partitionsAway.set(leases.partitionsAway)
   metrics.gateOpen.set(gate.isOpen ? 1 : 0)
   metrics.postgresConnections.set({ state: 'busy' }, pool.totalCount - pool.idleCount)
   metrics.postgresConnections.set({ state: 'idle' }, pool.idleCount)

@@ -8,6 +8,7 @@
 import { Cluster } from 'ioredis'
 import { streamKey } from '../shared/keys.js'
 import type { RedisClient } from '../shared/redis.js'
+import { AwayServers } from './away.js'
 import type { Entry } from './decode.js'
 import type { Lease, LeaseLimits } from './lease.js'
 
@@ -18,7 +19,9 @@ const MAX_READ_BYTES = 1024 * 1024
 /**
  * Reads what waits in each call, and hands it over as soon as it is there: what is decoded need not be kept.
  *
- * @param take called once for each lease; without entries where there turned out to be none
+ * @param take called once for each lease; without entries where there turned out to be none; not for calls of a Cluster's server that
+ *   is away, unless all are
+ * @throws Redis' errors
  */
 export async function readEntries(
   client: RedisClient,
@@ -26,11 +29,22 @@ export async function readEntries(
   limits: LeaseLimits,
   take: (lease: Lease, entries: Entry[]) => void,
 ): Promise<void> {
+  const servers = AwayServers.of(client)
+  let missed: Error | undefined
+  let hasRead = false
   const readGroup = async (group: Group) => {
-    const found = new Map(await readTogether(client, group))
+    const { partition } = group.leases[0]!
+    const answer = await servers.inTime(partition, readTogether(client, group)).catch((error: Error) => {
+      if (!servers.isAway(partition)) throw error
+      missed = error
+    })
+    if (!answer) return
+    hasRead = true
+    const found = new Map(answer)
     for (const lease of group.leases) take(lease, found.get(streamKey(lease)) ?? [])
   }
   await Promise.all(groups(client, leases, limits).map(readGroup))
+  if (missed && !hasRead) throw missed
 }
 
 /** How many entries of a call one command may bring: one at least. */

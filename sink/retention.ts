@@ -77,7 +77,7 @@ export class Retention {
     private readonly settings: RetentionSettings,
   ) {
     this.lanes = lanesOf(context.redis, partitions)
-    this.away = new AwayLanes(this.lanes.length)
+    this.away = new AwayLanes(context.redis)
   }
 
   /**

@@ -18,6 +18,7 @@ import { hash, type PartitionKeys, type Partitions, SINKS_KEY } from '../shared/
 import { type Lane, lanesOf, someOf } from '../shared/lanes.js'
 import type { RedisClient } from '../shared/redis.js'
 import { Script } from '../shared/script.js'
+import { AwayServers } from './away.js'
 import type { Wake } from './wake.js'
 
 const announceScript = new Script('sink/announce.lua')
@@ -157,17 +158,16 @@ export class Share {
   private async waiting(partitions: readonly PartitionKeys[]): Promise<Map<number, number>> {
     const asked = new Set(partitions)
     const groups: PartitionKeys[][] = []
+    const servers = AwayServers.of(this.client)
     for (const lane of this.lanes) {
+      if (servers.isAway(lane)) continue
       const its = lane.partitions.filter((p) => asked.has(p))
       for (let at = 0; at < its.length; at += PARTITIONS_AT_ONCE) groups.push(its.slice(at, at + PARTITIONS_AT_ONCE))
     }
     const answers = await Promise.allSettled(
       groups.map(async (group): Promise<[number, number][]> => {
-        const ms = (await waitingScript.run(
-          this.client,
-          group.map(({ ready }) => ready),
-          [],
-        )) as number[]
+        const keys = group.map(({ ready }) => ready)
+        const ms = (await servers.inTime(group[0]!, waitingScript.run(this.client, keys, []))) as number[]
         return group.map(({ partition }, i) => [partition, ms[i]!])
       }),
     )

@@ -1,15 +1,18 @@
 /** The sink process: workers, what has to be done now and then (reclaim, reap), and what it tells of itself over HTTP. */
 import { setTimeout as sleep } from 'node:timers/promises'
+import { awaitPartitions } from '../shared/await-partitions.js'
 import type { Config } from '../shared/config.js'
 import type { Group, Member } from '../shared/group.js'
 import type { CallPlace, Partitions } from '../shared/keys.js'
-import type { Logger } from '../shared/log.js'
+import { type Logger, reasonOf } from '../shared/log.js'
 import { createSinkMetrics, type SinkMetrics } from '../shared/metrics.js'
+import { Nagging } from '../shared/nagging.js'
 import { createPool, type Pool } from '../shared/postgres.js'
 import { askAtStart, connectRedis, openPartitions, type RedisClient, warnOfLoss } from '../shared/redis.js'
 import { requireAccess } from '../shared/redis-access.js'
 import { requireReachable, requireSchema } from '../shared/schema.js'
 import { requireArchiveDir } from './archive-file.js'
+import { AwayServers } from './away.js'
 import { Backlog } from './backlog.js'
 import { askWritable, Gate } from './gate.js'
 import { requireReady, serveHealth } from './health.js'
@@ -81,11 +84,12 @@ export async function startSink(config: Config, log: Logger, group?: Group): Pro
     const partitions = await askAtStart(config.REDIS_URL, async () => {
       await requireAccess(redis, 'sink')
       await warnOfLoss(redis, log)
-      return openPartitions(redis, config.PARTITIONS)
+      return awaitPartitions(redis, config.PARTITIONS, log)
     })
     const leases = new Leases(redis, partitions, leaseMs)
     const backlog = new Backlog(redis, partitions)
     const wake = new Wake(config.PARTITIONS)
+    leases.onBack = (partitions) => wake.news(partitions)
     const share = new Share(redis, partitions, wake)
     const listening = await askAtStart(config.REDIS_URL, () => listen(redis, partitions, wake, connect, log))
 
@@ -94,7 +98,7 @@ export async function startSink(config: Config, log: Logger, group?: Group): Pro
     const progress = new Progress()
     const stopped = new AbortController()
     const gate = new Gate(() => askWritable(pool), log, stopped.signal)
-    const parts = { redis, pool, backlog, gate, progress, metrics }
+    const parts = { redis, pool, backlog, gate, leases, progress, metrics }
     const ready = async () => void (await requireReady(parts, stopped.signal))
     const text = () => observe(parts).then(() => metrics.registry.metrics())
     const server = group ? undefined : await serveHealth(config, { ready, metrics: text })
@@ -182,7 +186,10 @@ function tend(
       if (due < REAP_PAGE) break
     }
   })
-  again('listening', TEND_MS, async () => listening.tend())
+  again('listening', TEND_MS, async () => {
+    AwayServers.of(redis).tell(log)
+    listening.tend()
+  })
   // A Redis that was flushed does not know the count any more.
   again('claiming the partitions', TEND_MS, () => openPartitions(redis, config.PARTITIONS))
   again('looking for strays', STRAYS_MS, () => endStrays(context, config.IDLE_TIMEOUT * 1000, signal))
@@ -258,11 +265,14 @@ async function repeat(
   signal: AbortSignal,
   work: () => Promise<unknown>,
 ): Promise<void> {
+  const nagging = new Nagging()
   while (!signal.aborted) {
     try {
       await work()
+      nagging.allOver()
     } catch (error) {
-      if (!signal.aborted) log.warn({ err: error }, `${what} failed, will retry`)
+      const isNews = nagging.isDue(reasonOf(error as Error))
+      if (isNews && !signal.aborted) log.warn({ err: error }, `${what} failed, will retry`)
     }
     await sleep(everyMs * (0.75 + Math.random() / 2), undefined, { signal }).catch(() => undefined) // aborted: the loop ends
   }

@@ -1,4 +1,6 @@
 /** The protocol on a Redis Cluster of one node: no script touches two slots, and sinks are woken there, too. */
+import { once } from 'node:events'
+import { type AddressInfo, createServer } from 'node:net'
 import { Redis } from 'ioredis'
 import { afterAll, afterEach, beforeAll, beforeEach, expect, onTestFinished, test } from 'vitest'
 import { connectRedis, openPartitions, type RedisClient } from '../shared/redis.js'
@@ -90,6 +92,27 @@ test('reclaim_works_on_a_cluster', async () => {
   for (const lease of await leaseAll(leases, redis)) expect(lease).toMatchObject({ lapses: 1, waiting: 1 })
 })
 
+test('of_the_suspects_of_many_slots_one_is_leased_at_a_time', async () => {
+  await new Producer(redis).store(...calls.slice(0, 20).map((sid) => turn(sid, 0)))
+  for (let lapse = 0; lapse < 2; lapse++) {
+    await leaseAll(leases, redis, { leaseMs: 1 })
+    await new Promise((resolve) => setTimeout(resolve, 20))
+    expect(await leases.reclaim(100)).toHaveLength(20)
+  }
+  const everywhere = redis.partitions.all.map(({ partition }) => partition)
+  const found = await leases.lease(everywhere, { ...LIMITS, suspectLapses: 2 })
+  expect(found.leases).toHaveLength(1)
+  const inOther = calls.slice(0, 20).filter((sid) => redis.partitions.of(sid) !== found.leases[0]!.partition)
+  expect(new Set(found.more)).toEqual(new Set(inOther.map((sid) => redis.partitions.of(sid).partition)))
+  for (const sid of inOther) expect(Object.keys(await placesOf(redis, sid)).sort()).toEqual(['open', 'ready'])
+  // The one that may have been at fault must not be tried alone once more for that.
+  const [other] = inOther
+  const session = redis.partitions.of(other!).sessionPrefix + other
+  await redis.client.hset(session, 'alone', '1-1')
+  await leases.lease(everywhere, { ...LIMITS, suspectLapses: 2 })
+  expect(await redis.client.hmget(session, 'lapses', 'alone')).toEqual(['2', '1-1'])
+})
+
 test('reap_works_on_a_cluster', async () => {
   await new Producer(redis, { idleTimeoutMs: 1 }).store(...calls.map((sid) => turn(sid, 0)))
   await new Promise((resolve) => setTimeout(resolve, 20))
@@ -98,6 +121,22 @@ test('reap_works_on_a_cluster', async () => {
     expect((await eventsOf(redis, sid)).at(-1)).toMatchObject({ type: 'call.ended', reason: 'abandoned' })
     expect(Object.keys(await placesOf(redis, sid))).toEqual(['ready'])
   }
+})
+
+test('a_cluster_that_cannot_be_reached_is_refused_with_what_is_the_matter_with_each_server', async () => {
+  const closes = createServer((socket) => socket.end()).listen(0, '127.0.0.1')
+  onTestFinished(() => void closes.close())
+  await once(closes, 'listening')
+  const { port } = closes.address() as AddressInfo
+  await expect(connectRedis(`redis://127.0.0.1:1,redis://127.0.0.1:${port}`, log)).rejects.toThrow(
+    'REDIS_URL: no server of the Cluster answers: 127.0.0.1:1: connect ECONNREFUSED 127.0.0.1:1; ' +
+      `127.0.0.1:${port}: it closes the connection, it may want TLS: rediss://`,
+  )
+  const single = await ownRedis()
+  onTestFinished(() => single.stop())
+  await expect(connectRedis(`${single.url},${single.url}`, log)).rejects.toThrow(
+    `REDIS_URL: Redis at ${new URL(single.url).host} cannot be used: ERR This instance has cluster support disabled`,
+  )
 })
 
 /** A sink's ears, and whose news they have heard. */

@@ -294,6 +294,7 @@ describe('an ack', () => {
     const appender = {
       append: (_e: unknown, _p: unknown, _o: unknown, position: number) => waiting.push(position),
       isFull: false,
+      isFullFor: () => false,
     }
     const options = { window: 100, maxMessageBytes: 1000 }
     const connection = new StreamConnection(

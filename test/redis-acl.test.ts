@@ -8,7 +8,7 @@ import { readConfig } from '../shared/config.js'
 import { Partitions } from '../shared/keys.js'
 import { readPackageFile } from '../shared/package-root.js'
 import { connectRedis } from '../shared/redis.js'
-import { aclRules, type RedisRole } from '../shared/redis-access.js'
+import { aclRules, CLUSTER_RULES, type RedisRole } from '../shared/redis-access.js'
 import { startSink } from '../sink/sink.js'
 import { Calls, ended, newSid, seqs } from './support/calls.js'
 import { calltape } from './support/program.js'
@@ -159,6 +159,10 @@ test('what_is_refused_later_is_retried_and_told_and_nothing_is_lost_or_refused_b
   expect(await calls.session(sid)).toMatchObject({ complete: true, turn_count: 1 })
   expect(await calls.quarantined(sid)).toEqual([])
   await refusals()
+})
+
+test('the_README_has_the_rules_of_a_Cluster', () => {
+  expect(readPackageFile('README.md')).toContain(`\`${CLUSTER_RULES.join(' ')}\``)
 })
 
 test.each(ROLES)('the_README_has_the_rules_of_%s', (role) => {

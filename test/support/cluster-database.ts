@@ -12,6 +12,9 @@ export interface ClusterPool {
   folder: string
 }
 
+/** One after the other: whoever has just given one back may still be stopping what uses it. */
+let next = 0
+
 /**
  * Takes one that nobody has, and waits for it.
  *
@@ -19,11 +22,14 @@ export interface ClusterPool {
  */
 export async function takeCluster(pool: ClusterPool, log: Parameters<typeof connectRedis>[1]) {
   for (;;) {
-    for (const [n, url] of pool.urls.entries()) {
+    for (let tried = 0; tried < pool.urls.length; tried++) {
+      const n = next++ % pool.urls.length
+      const url = pool.urls[n]!
       const claim = join(pool.folder, String(n))
       if (!(await isMade(claim))) continue
       const client = (await connectRedis(url, log)) as Cluster
       askAll(client)
+      await client.flushall() // an ingest of the test that had it may have stopped only after that had given it back
       return {
         url,
         client,

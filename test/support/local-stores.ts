@@ -8,6 +8,7 @@ import { startRedis } from '../../cli/local-redis.js'
 import type { LocalServer, LocalServerOptions } from '../../cli/local-server.js'
 import { lastingPort } from './processes.js'
 import type { PostgresOptions, RedisOptions, StoreServer } from './store-server.js'
+import { endWithUs } from './watchdog.js'
 
 export async function localRedis({ args = [], cluster, ...options }: RedisOptions): Promise<StoreServer> {
   const node = cluster ? ['--cluster-enabled', 'yes', '--cluster-announce-ip', '127.0.0.1', '--cluster-port'] : []
@@ -20,13 +21,19 @@ export function localPostgres(options: PostgresOptions): Promise<StoreServer> {
 }
 
 async function localStore(
-  name: string,
+  name: 'redis' | 'postgres',
   launch: (at: LocalServerOptions) => Promise<LocalServer>,
 ): Promise<StoreServer> {
   const folder = await mkdtemp(join(tmpdir(), `calltape-test-${name}-`))
   await chmod(folder, 0o711) // as root, PostgreSQL runs as another user, who has to get through
   const at = { dataDir: join(folder, name), port: await lastingPort() }
-  let server = await launch(at)
+  const launchWatched = async (where: LocalServerOptions) => {
+    const launched = await launch(where)
+    const ended = endWithUs(launched.pid, name === 'redis' ? 'KILL' : 'QUIT')
+    void launched.exited.then(ended)
+    return { ...launched, stop: () => launched.stop().then(ended) }
+  }
+  let server = await launchWatched(at)
   const { url } = server
   let isFrozen = false
   return {
@@ -41,7 +48,7 @@ async function localStore(
       await server.exited
     },
     async start() {
-      server = await launch({ ...at, port: Number(new URL(url).port) })
+      server = await launchWatched({ ...at, port: Number(new URL(url).port) })
       if (server.url !== url) throw new Error(`${url} has come back as ${server.url}`)
     },
     async stop() {
