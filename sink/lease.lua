@@ -19,6 +19,7 @@
 -- Of the suspects, which may take their sink with them once more, one is leased at a time, that with the fewest lapses: so the
 -- innocent ones among them get through first. A call leaves `ready` only when it is leased: whatever stops this script,
 -- none of them is forgotten.
+-- include sink/group.lua
 local PAGE = 100
 local MOST_LEFT = 1000 -- calls that are passed over in a partition
 local time = redis.call('TIME')
@@ -33,21 +34,15 @@ local leases, more, gone = {}, {}, {}
 -- the start: rows are idempotent, so reading a call twice is safe and skipping is not. Else nil, and whether the stream is gone: a
 -- Cluster that just moves it to another node cannot say, and it will be asked again.
 local function progress(stream)
-  local groups = redis.pcall('XINFO', 'GROUPS', stream)
-  if groups.err then
-    return nil, string.find(groups.err, 'no such key', 1, true) or string.find(groups.err, 'WRONGTYPE', 1, true)
+  local group, err = group_of(stream)
+  if err then return nil, string.find(err, 'no such key', 1, true) or string.find(err, 'WRONGTYPE', 1, true) end
+  if not group then
+    redis.call('XGROUP', 'CREATE', stream, 'sink', '0')
+    return '0-0', 0, redis.call('XLEN', stream)
   end
-  for _, g in ipairs(groups) do
-    local info = {}
-    for i = 1, #g, 2 do info[g[i]] = g[i + 1] end
-    if info.name == 'sink' then
-      local cursor = info['last-delivered-id']
-      -- A group that has not moved yet has no count of entries read: it is 0.
-      return cursor, info['entries-read'] or (cursor == '0-0' and 0 or -1), info.lag or redis.call('XLEN', stream), info.lag
-    end
-  end
-  redis.call('XGROUP', 'CREATE', stream, 'sink', '0')
-  return '0-0', 0, redis.call('XLEN', stream)
+  local cursor = group['last-delivered-id']
+  -- A group that has not moved yet has no count of entries read: it is 0.
+  return cursor, group['entries-read'] or (cursor == '0-0' and 0 or -1), group.lag or redis.call('XLEN', stream), group.lag
 end
 
 -- Returns whether the call is to leave `ready`: it goes into `taken`, or its stream is gone.
