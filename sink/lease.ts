@@ -53,6 +53,14 @@ export interface LeaseLimits {
   suspectLapses: number
 }
 
+export interface Leased {
+  leases: Lease[]
+  /** The numbers of partitions that may have more ready calls. */
+  more: number[]
+  /** The call_sids of those whose stream is gone although something waited in it. */
+  gone: string[]
+}
+
 export class Leases {
   private readonly lanes: Lane[]
   private readonly laneOf = new Map<PartitionKeys, Lane>()
@@ -74,15 +82,9 @@ export class Leases {
 
   /**
    * @param hints numbers of the partitions to look into
-   * @param mayTakeSuspect one call with so many lapses may be leased, too
-   * @returns what was leased, the numbers of partitions that may have more, and calls whose stream is gone although
-   *   something waited in it
+   * @param mayTakeSuspect one suspect may be leased, too
    */
-  async lease(
-    hints: Iterable<number>,
-    limits: LeaseLimits,
-    mayTakeSuspect = true,
-  ): Promise<{ leases: Lease[]; more: number[]; gone: string[] }> {
+  async lease(hints: Iterable<number>, limits: LeaseLimits, mayTakeSuspect = true): Promise<Leased> {
     const asked = this.byLane([...hints].map((p) => this.partitions.at(p)))
     for (const [lane, partitions] of asked) {
       if (!this.away.isAway(lane)) continue
@@ -96,22 +98,14 @@ export class Leases {
     // less is read of each; what is left makes it ready again.
     const mostOfACall =
       asked.size === 1 ? MAX_READ_ENTRIES : clamp(share(limits.entries), LEAST_ENTRIES_OF_A_CALL, MAX_READ_ENTRIES)
+    const ofALane = {
+      ...limits,
+      calls: share(limits.calls),
+      entries: share(limits.entries),
+      bytes: share(limits.bytes),
+    }
     const results = await Promise.allSettled(
-      [...asked].map(async ([lane, partitions]) => {
-        const keys = [...partitions.flatMap((p) => [p.ready, p.leased, p.ended]), lane.wake]
-        const prefixes = partitions.flatMap((p) => [p.streamPrefix, p.sessionPrefix])
-        const most = [share(limits.calls), share(limits.entries), share(limits.bytes)]
-        const args = [...most, limits.leaseMs, mostOfACall, limits.suspectLapses, mayTakeSuspect ? 1 : 0, ...prefixes]
-        const leased = leaseScript
-          .run(this.client, keys, args)
-          .then((reply) => readLeases(reply as LeaseReply, partitions, mostOfACall))
-        try {
-          return await this.away.watch(lane, leased, ({ leases }) => this.giveBack(leases))
-        } catch (error) {
-          if (this.away.isAway(lane)) this.putOffUntilBack(lane, partitions)
-          throw error
-        }
-      }),
+      [...asked].map(([lane, partitions]) => this.leaseIn(lane, partitions, ofALane, mostOfACall, mayTakeSuspect)),
     )
     const answers = someOf(results) // one shard of a Cluster that cannot be reached does not stop the others
     const found = {
@@ -122,11 +116,29 @@ export class Leases {
     return answers.length === 1 ? found : this.withOneSuspect(found, limits)
   }
 
+  private async leaseIn(
+    lane: Lane,
+    partitions: PartitionKeys[],
+    { calls, entries, bytes, leaseMs, suspectLapses }: LeaseLimits,
+    mostOfACall: number,
+    mayTakeSuspect: boolean,
+  ): Promise<Leased> {
+    const keys = [...partitions.flatMap((p) => [p.ready, p.leased, p.ended]), lane.wake]
+    const prefixes = partitions.flatMap((p) => [p.streamPrefix, p.sessionPrefix])
+    const args = [calls, entries, bytes, leaseMs, mostOfACall, suspectLapses, mayTakeSuspect ? 1 : 0, ...prefixes]
+    const leased = leaseScript
+      .run(this.client, keys, args)
+      .then((reply) => readLeases(reply as LeaseReply, partitions, mostOfACall))
+    try {
+      return await this.away.watch(lane, leased, ({ leases }) => this.giveBack(leases))
+    } catch (error) {
+      if (this.away.isAway(lane)) this.putOffUntilBack(lane, partitions)
+      throw error
+    }
+  }
+
   /** Each slot of a Cluster leases one. What dies of one of them would take the others along, and make them more suspect yet. */
-  private async withOneSuspect<F extends { leases: Lease[]; more: number[] }>(
-    found: F,
-    limits: LeaseLimits,
-  ): Promise<F> {
+  private async withOneSuspect(found: Leased, limits: LeaseLimits): Promise<Leased> {
     const suspects = found.leases.filter(({ lapses }) => lapses >= limits.suspectLapses)
     const surplus = new Set(suspects.sort((a, b) => a.lapses - b.lapses).slice(1))
     if (surplus.size === 0) return found
@@ -249,7 +261,7 @@ function readLeases(
   [deadline, rows, more, gone]: LeaseReply,
   partitions: PartitionKeys[],
   mostOfACall: number,
-): { leases: Lease[]; more: number[]; gone: string[] } {
+): Leased {
   return {
     leases: rows.map(
       ([
