@@ -38,7 +38,7 @@ export interface AppenderOptions {
 export type Sender = Pick<Appender, 'append' | 'isFull' | 'isFullFor' | 'isAway'>
 
 export class Appender {
-  private readonly lanes: LaneQueue[]
+  private readonly queues: LaneQueue[]
   private flushScheduled = false
   private queuedBytes = 0
   private queuedEvents = 0
@@ -58,7 +58,7 @@ export class Appender {
     private readonly log: Logger,
   ) {
     const producer = randomUUID()
-    this.lanes = lanesOf(client, partitions).map((lane) => new LaneQueue(lane, this, partitions, producer))
+    this.queues = lanesOf(client, partitions).map((lane) => new LaneQueue(lane, this, partitions, producer))
   }
 
   /** True when no more should be taken in until Redis has caught up. */
@@ -72,10 +72,10 @@ export class Appender {
    */
   isFullFor(callSid: string): boolean {
     if (this.isFull) return true
-    const part = this.options.maxQueueBytes / this.lanes.length
+    const part = this.options.maxQueueBytes / this.queues.length
     if (this.queuedBytes <= part) return false // asked for every event: as a rule it is known without looking for its lane
-    const lane = this.laneOf(callSid)
-    return lane.queuedBytes > part && lane.isAway(Date.now())
+    const queue = this.queueOf(callSid)
+    return queue.queuedBytes > part && queue.isAway(Date.now())
   }
 
   /** What is given to it now would wait, and nobody knows for how long. */
@@ -86,15 +86,15 @@ export class Appender {
   /** For how long the oldest event has been waiting for Redis. */
   get waitingMs(): number {
     const now = Date.now()
-    return Math.max(...this.lanes.map((lane) => now - (lane.waitingSince ?? now)))
+    return Math.max(...this.queues.map(({ waitingSince }) => now - (waitingSince ?? now)))
   }
 
   /** Whose oldest event has been waiting for longer. */
   lanesWaiting(ms: number): Lane[] {
     const before = Date.now() - ms
-    return this.lanes
+    return this.queues
       .filter(({ waitingSince }) => waitingSince !== undefined && waitingSince < before)
-      .map((l) => l.lane)
+      .map(({ lane }) => lane)
   }
 
   /**
@@ -103,7 +103,7 @@ export class Appender {
    * @param payload the event's JSON, as it goes into the stream
    */
   append(event: CallEvent, payload: string, origin: Origin, position: number): void {
-    this.laneOf(event.call_sid).push(event, payload, origin, position)
+    this.queueOf(event.call_sid).push(event, payload, origin, position)
     this.queuedBytes += payload.length + EVENT_OVERHEAD_BYTES
     this.queuedEvents++
     if (!this.flushScheduled) {
@@ -111,13 +111,13 @@ export class Appender {
       // After this turn of the event loop: whatever else its sockets brought goes into the same flush.
       setImmediate(() => {
         this.flushScheduled = false
-        for (const each of this.lanes) each.flush()
+        for (const queue of this.queues) queue.flush()
       })
     }
   }
 
-  private laneOf(callSid: string): LaneQueue {
-    return this.lanes.length === 1 ? this.lanes[0]! : this.lanes[this.partitions.of(callSid).partition]!
+  private queueOf(callSid: string): LaneQueue {
+    return this.queues.length === 1 ? this.queues[0]! : this.queues[this.partitions.of(callSid).partition]!
   }
 
   applied(batch: Batch, refused: [number, string][], seconds: number): void {
@@ -174,9 +174,9 @@ export class Appender {
   observe(): void {
     this.metrics.queuedEvents.set(this.queuedEvents)
     this.metrics.queuedBytes.set(this.queuedBytes)
-    this.metrics.inFlight.set(this.lanes.reduce((sum, lane) => sum + lane.inFlight, 0))
+    this.metrics.inFlight.set(this.queues.reduce((sum, { inFlight }) => sum + inFlight, 0))
     const now = Date.now()
-    const away = this.lanes.filter((lane) => lane.isAway(now))
+    const away = this.queues.filter((queue) => queue.isAway(now))
     this.metrics.partitionsAway.set(away.reduce((sum, { lane }) => sum + lane.partitions.length, 0))
   }
 }
