@@ -128,3 +128,10 @@ test('reap_wakes_for_the_ends_it_wrote', async () => {
   expect(await overdue.reap(10)).toEqual([])
   expect(await news()).toEqual([])
 })
+
+test('end_wakes_for_the_call_that_Redis_had_forgotten', async () => {
+  expect(await overdue.end(a1)).toBe(true)
+  expect(await news()).toEqual(['3'])
+  expect(await overdue.end(a1)).toBe(false)
+  expect(await news()).toEqual([])
+})
