@@ -28,7 +28,7 @@ export interface Lease extends CallPlace {
   cursor: string
   /** Entries behind the cursor; no more than are to be read. */
   waiting: number
-  /** The same as Redis has counted it, however many are to be read; undefined: it cannot, for entries were deleted. */
+  /** The same, however many are to be read, if that is all that was added; undefined: nobody knows, entries may have been removed. */
   counted: number | undefined
   /** Entries up to the cursor; -1 when Redis cannot say. */
   read: number

@@ -277,3 +277,28 @@ test.each<[string, (waiting: string) => Promise<unknown>]>([
   expect({ again, lost }).toEqual({ again: [redis.partitions.of(sid).partition], lost: [] })
   expect((await placesOf(redis, sid)).ready).toBe(msOf(waiting!))
 })
+
+test('what_waits_passes_for_all_that_was_added_only_while_something_that_was_read_is_still_there', async () => {
+  const countedNow = async () => {
+    const { lease } = await take(leases, redis)
+    await leases.settle([givenBack(lease)])
+    return lease.counted
+  }
+  await producer.store(turn(sid, 0), turn(sid, 1), turn(sid, 2))
+  expect(await countedNow()).toBeUndefined()
+  await leases.settle([committed(await take(leases, redis), 1)])
+  expect(await countedNow()).toBe(2)
+  await redis.client.xtrim(streamOf(redis, sid), 'MAXLEN', 2)
+  expect(await countedNow(), 'more may have been trimmed away: newer servers would say the same').toBeUndefined()
+})
+
+test('entries_that_are_trimmed_away_while_they_are_leased_are_lost_even_if_as_many_come_instead', async () => {
+  await producer.store(turn(sid, 0), turn(sid, 1))
+  const lease = (await leaseAll(leases, redis))[0]!
+  await redis.client.xtrim(streamOf(redis, sid), 'MAXLEN', 1)
+  await producer.store(turn(sid, 2))
+  const [read] = await readAll(redis.client, [{ ...lease, waiting: 10 }], LIMITS)
+  expect(read!.entries).toHaveLength(2)
+  const { lost } = await leases.settle([committed({ ...read!, lease })])
+  expect(lost).toEqual([{ callSid: sid, entries: 1 }])
+})
