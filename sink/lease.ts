@@ -201,7 +201,7 @@ export class Leases {
   async prolong(leases: Iterable<Lease>): Promise<void> {
     const groups = new Map<string, Lease[]>()
     for (const lease of leases) addTo(groups, this.tokenOf(lease), lease)
-    await Promise.all(
+    const results = await Promise.allSettled(
       [...groups.values()].map(async (group) => {
         const keys = group.map((lease) => lease.partition.leased)
         const args = [group[0]!.deadline, this.leaseMs, ...group.map((lease) => lease.callSid)]
@@ -210,6 +210,8 @@ export class Leases {
         for (const lease of group) lease.deadline = deadline
       }),
     )
+    // Not before all are done: until its own is, none of them may be settled.
+    for (const result of results) if (result.status === 'rejected') throw result.reason
   }
 
   /**

@@ -1,6 +1,6 @@
 /** settle: the cursor moves with what is committed, the lease ends, and nothing that arrived meanwhile is forgotten. */
 import { setTimeout as sleep } from 'node:timers/promises'
-import { beforeEach, expect, test } from 'vitest'
+import { beforeEach, expect, onTestFinished, test, vi } from 'vitest'
 import { givenBack, type Leases } from '../sink/lease.js'
 import { type RedisDatabase, until } from './support/stores.js'
 import {
@@ -301,4 +301,26 @@ test('entries_that_are_trimmed_away_while_they_are_leased_are_lost_even_if_as_ma
   expect(read!.entries).toHaveLength(2)
   const { lost } = await leases.settle([committed({ ...read!, lease })])
   expect(lost).toEqual([{ callSid: sid, entries: 1 }])
+})
+
+test('leases_of_which_some_cannot_be_prolonged_are_settled_by_their_new_deadlines', async () => {
+  await producer.store(turn(sid, 0))
+  const first = await take(leases, redis)
+  await sleep(5)
+  await producer.store(turn('CA2', 0))
+  const second = await take(leases, redis)
+  await leases.prolong([first.lease]) // Redis knows the script from now on
+  await sleep(5)
+  const { client } = redis
+  const evalsha = client.evalsha.bind(client) as (...args: unknown[]) => Promise<unknown>
+  const spy = vi.spyOn(client, 'evalsha')
+  onTestFinished(() => spy.mockRestore())
+  spy.mockImplementationOnce(() => Promise.reject(new Error('the connection is cut')))
+  spy.mockImplementationOnce(async (...args: unknown[]) => {
+    const reply = await evalsha(...args)
+    await sleep(50)
+    return reply
+  })
+  await expect(leases.prolong([first.lease, second.lease])).rejects.toThrow('the connection is cut')
+  expect((await leases.settle([committed(second)])).lapsed).toBe(0)
 })
