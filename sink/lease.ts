@@ -65,7 +65,7 @@ export interface Settlement {
 }
 
 /** It was leased, and not looked at. */
-const untouched = (lease: Lease): Settlement => ({ ...givenBack(lease), untried: true })
+export const untouched = (lease: Lease): Settlement => ({ ...givenBack(lease), untried: true })
 
 /** Nothing of it was committed: whoever works next may have the call at once. */
 export const givenBack = (lease: Lease): Settlement => ({ lease, last: undefined, count: 0, finalized: false })

@@ -1,8 +1,9 @@
 /** settle: the cursor moves with what is committed, the lease ends, and nothing that arrived meanwhile is forgotten. */
 import { setTimeout as sleep } from 'node:timers/promises'
 import { beforeEach, expect, onTestFinished, test, vi } from 'vitest'
+import { Hold } from '../sink/hold.js'
 import { givenBack, type Leases } from '../sink/lease.js'
-import { type RedisDatabase, until } from './support/stores.js'
+import { log, type RedisDatabase, until } from './support/stores.js'
 import {
   callsIn,
   committed,
@@ -323,4 +324,18 @@ test('leases_of_which_some_cannot_be_prolonged_are_settled_by_their_new_deadline
   })
   await expect(leases.prolong([first.lease, second.lease])).rejects.toThrow('the connection is cut')
   expect((await leases.settle([committed(second)])).lapsed).toBe(0)
+})
+
+test('the_entry_that_a_call_was_suspected_for_is_forgotten_only_by_a_sink_that_has_tried_it', async () => {
+  await producer.store(turn(sid, 0))
+  await redis.client.hset(sessionOf(redis, sid), { lapses: 1, alone: '1-1' })
+  const aloneAfter = async (isTried: boolean) => {
+    const { lease } = await take(leases, redis)
+    const hold = new Hold(leases, [lease], LIMITS.leaseMs, log)
+    if (isTried) hold.tries([lease])
+    await hold.end()
+    return redis.client.hmget(sessionOf(redis, sid), 'alone', 'lapses')
+  }
+  expect(await aloneAfter(false)).toEqual(['1-1', '1'])
+  expect(await aloneAfter(true)).toEqual([null, '1'])
 })
