@@ -205,9 +205,11 @@ export class Leases {
       [...groups.values()].map(async (group) => {
         const keys = group.map((lease) => lease.partition.leased)
         const args = [group[0]!.deadline, this.leaseMs, ...group.map((lease) => lease.callSid)]
-        const prolonged = prolongScript.run(this.client, keys, args)
-        const deadline = (await this.away.servers.inTime(group[0]!.partition, prolonged)) as number
-        for (const lease of group) lease.deadline = deadline
+        const note = (deadline: number) => {
+          for (const lease of group) lease.deadline = deadline
+        }
+        const prolonged = prolongScript.run(this.client, keys, args) as Promise<number>
+        note(await this.away.servers.inTime(group[0]!.partition, prolonged, note)) // late or not, it is what they are settled by
       }),
     )
     // Not before all are done: until its own is, none of them may be settled.
