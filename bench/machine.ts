@@ -79,7 +79,9 @@ function cpuBetween(before: CpuTimes, after: CpuTimes): { all: number; busiest: 
   const own = [...after].map(([pid, { own }]) => own - (before.get(pid)?.own ?? 0))
   // This process's children are the others.
   const ended = [...after].map(([pid, { ended }]) => (pid === process.pid ? 0 : ended - (before.get(pid)?.ended ?? 0)))
-  return { all: [...own, ...ended].reduce((sum, micros) => sum + micros, 0), busiest: Math.max(0, ...own) }
+  // Of a child that has ended meanwhile its parent has all that it ever used.
+  const earlier = [...before].map(([pid, { own }]) => (after.has(pid) ? 0 : -own))
+  return { all: [...own, ...ended, ...earlier].reduce((sum, micros) => sum + micros, 0), busiest: Math.max(0, ...own) }
 }
 
 function statusMiB(pid: number, field: string): number {

@@ -45,6 +45,7 @@ local function text(number) return string.format('%.0f', number) end
 -- (The first is given a little more than it is told, so that it need not be told again with every event.)
 local now, idle, over = text(now_ms), text(now_ms + ARGV[3] + math.floor(ARGV[3] / 16)), text(now_ms + ARGV[4])
 local far = now_ms + math.max(ARGV[3], ARGV[4])
+local farthest = math.max(tonumber(idle), tonumber(over))
 local partitions = tonumber(ARGV[5])
 local call_key = 3 + 4 * partitions
 local arg = 6
@@ -125,10 +126,12 @@ local function keep_open(p, sid, session, resumes)
 end
 
 -- Of calls that have turns only. One that is open, and will be for the whole time after this one, has not ended and does not seem over.
+-- (One that would be for even longer has its deadline from a longer IDLE_TIMEOUT, or a clock that was ahead: it gets today's.)
 local function keep_talking_open(p)
   local sids, sessions = turns[p].sids, turns[p].sessions
   for i, deadline in ipairs(redis.call('ZMSCORE', KEYS[4 * p + 1], unpack(sids))) do
-    if not deadline or tonumber(deadline) < far then keep_open(p, sids[i], sessions[i], true) end
+    local due = tonumber(deadline or 0)
+    if due < far or due > farthest then keep_open(p, sids[i], sessions[i], true) end
   end
 end
 

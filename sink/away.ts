@@ -72,20 +72,29 @@ export class AwayServers {
     return new Promise((resolve, reject) => {
       let isLate = false
       const patience = this.isAway(place) ? LESS_PATIENCE_MS : PATIENCE_MS
-      const timer = setTimeout(() => {
+      let last: NodeJS.Immediate | undefined
+      const giveUp = () => {
         isLate = true
         const error = new Error(`no answer within ${patience} ms`)
         this.lost(place, error)
         reject(error)
+      }
+      // Not before what has come is read: when this process was held up itself, the answer may have been there for long.
+      const timer = setTimeout(() => {
+        last = setImmediate(giveUp)
       }, patience)
+      const stopWaiting = () => {
+        clearTimeout(timer)
+        clearImmediate(last)
+      }
       asked.then(
         (answer) => {
-          clearTimeout(timer)
+          stopWaiting()
           if (isLate) late(answer)
           else resolve(answer)
         },
         (error: Error) => {
-          clearTimeout(timer)
+          stopWaiting()
           if (!isAnswer(error)) this.lost(place, error)
           reject(error)
         },

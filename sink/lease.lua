@@ -13,7 +13,7 @@
 --         entries read so far (-1: Redis cannot say), 1 if the call was finalized before, its lapses (deliveries that came
 --         to nothing), when its oldest waiting entry arrived (ms), bytes an entry has on average,
 --         the entry that was being tried alone when the last lease of it lapsed, '' for none,
---         1 if it was ever presumed over, 1 if Redis has counted what is waiting (0: entries were deleted)} for each call,
+--         1 if it was ever presumed over, 1 if what is waiting is all that was added (0: nobody knows)} for each call,
 --        {indexes of partitions that may have more ready calls},
 --        {call_sid of ready calls whose stream is gone, with all that waited in it}}
 -- Of the suspects, which may take their sink with them once more, one is leased at a time, that with the fewest lapses: so the
@@ -30,9 +30,9 @@ local most_of_a_call = tonumber(ARGV[5])
 local suspect_lapses, may_take_suspect = tonumber(ARGV[6]), ARGV[7] == '1'
 local leases, more, gone = {}, {}, {}
 
--- Progress of group `sink`: cursor, entries read, entries waiting, whether Redis has counted those. A lost group is made again from
--- the start: rows are idempotent, so reading a call twice is safe and skipping is not. Else nil, and whether the stream is gone: a
--- Cluster that just moves it to another node cannot say, and it will be asked again.
+-- Progress of group `sink`: cursor, entries read, entries waiting, whether none that was added is missing there. A lost group is
+-- made again from the start: rows are idempotent, so reading a call twice is safe and skipping is not. Else nil, and whether the
+-- stream is gone: a Cluster that just moves it to another node cannot say, and it will be asked again.
 local function progress(stream)
   local group, err = group_of(stream)
   if err then return nil, string.find(err, 'no such key', 1, true) or string.find(err, 'WRONGTYPE', 1, true) end
@@ -41,8 +41,10 @@ local function progress(stream)
     return '0-0', 0, redis.call('XLEN', stream)
   end
   local cursor = group['last-delivered-id']
+  -- Where all that is left waits, as when more than was read has been trimmed away, newer servers count just what is left.
+  local is_counted = group.lag and cursor ~= '0-0' and group.lag < redis.call('XLEN', stream)
   -- A group that has not moved yet has no count of entries read: it is 0.
-  return cursor, group['entries-read'] or (cursor == '0-0' and 0 or -1), group.lag or redis.call('XLEN', stream), group.lag
+  return cursor, group['entries-read'] or (cursor == '0-0' and 0 or -1), group.lag or redis.call('XLEN', stream), is_counted
 end
 
 -- Returns whether the call is to leave `ready`: it goes into `taken`, or its stream is gone.

@@ -26,7 +26,7 @@ export interface Lease extends CallPlace {
   cursor: string
   /** Entries behind the cursor; no more than are to be read. */
   waiting: number
-  /** The same as Redis has counted it, however many are to be read; undefined: it cannot, for entries were deleted. */
+  /** The same, however many are to be read, if that is all that was added; undefined: nobody knows, entries may have been removed. */
   counted: number | undefined
   /** Entries up to the cursor; -1 when Redis cannot say. */
   read: number
@@ -176,15 +176,19 @@ export class Leases {
   async prolong(leases: Iterable<Lease>): Promise<void> {
     const groups = new Map<string, Lease[]>()
     for (const lease of leases) addTo(groups, this.tokenOf(lease), lease)
-    await Promise.all(
+    const results = await Promise.allSettled(
       [...groups.values()].map(async (group) => {
         const keys = group.map((lease) => lease.partition.leased)
         const args = [group[0]!.deadline, this.leaseMs, ...group.map((lease) => lease.callSid)]
-        const prolonged = prolongScript.run(this.client, keys, args)
-        const deadline = (await this.away.servers.inTime(group[0]!.partition, prolonged)) as number
-        for (const lease of group) lease.deadline = deadline
+        const note = (deadline: number) => {
+          for (const lease of group) lease.deadline = deadline
+        }
+        const prolonged = prolongScript.run(this.client, keys, args) as Promise<number>
+        note(await this.away.servers.inTime(group[0]!.partition, prolonged, note)) // late or not, it is what they are settled by
       }),
     )
+    // Not before all are done: until its own is, none of them may be settled.
+    for (const result of results) if (result.status === 'rejected') throw result.reason
   }
 
   /**

@@ -122,6 +122,7 @@ export class Worker {
     const done = progress.began()
     metrics.batchesInHand.inc()
     try {
+      hold.tries(batch)
       const settlements = await this.store.store(batch, hold)
       gate.succeeded()
       progress.succeeded('batch')

@@ -63,6 +63,12 @@ test('each_turn_of_an_open_call_keeps_it_open_for_the_whole_time_and_hardly_long
   expect(dues.size).toBeGreaterThan(1)
 })
 
+test('a_turn_takes_a_deadline_back_that_a_longer_idle_timeout_has_set', async () => {
+  await new Producer(redis, { idleTimeoutMs: 86_400_000 }).store(turn(sid, 0))
+  await new Producer(redis, { idleTimeoutMs: 60_000 }).store(turn(sid, 1))
+  expect((await placesOf(redis, sid)).open! - Date.now()).toBeLessThan(100_000)
+})
+
 test('a_turn_of_a_call_that_seems_over_keeps_it_open_for_the_grace_alone', async () => {
   const producer = new Producer(redis, { idleTimeoutMs: 1000, disconnectGraceMs: 60_000 })
   await producer.store(turn(sid, 0), { type: 'call.status', call_sid: sid, status: 'completed' })

@@ -6,6 +6,7 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { afterEach, beforeEach, expect, test } from 'vitest'
 import { idealSpread } from '../bench/binomial.js'
+import { Meter } from '../bench/machine.js'
 import type { Row } from '../bench/report.js'
 import { crc16 } from '../bench/skew.js'
 import { judge, type Measured, type Verdict } from '../bench/targets.js'
@@ -126,6 +127,24 @@ test('an_unknown_scenario_is_told_with_those_there_are', async () => {
   expect(await bench.ended).not.toBe(0)
   expect(bench.output.err).toMatch(/there is no nonsense; there are end-to-end, .*peer-bullmq, skew/)
 })
+
+test.skipIf(process.platform !== 'linux')(
+  'a_child_that_ends_meanwhile_counts_with_what_it_has_used_since',
+  async () => {
+    // As a server's connection that has worked a lot and is closed by and by. `read` in its subshell: it lives until it is told.
+    const busyChild = '(for ((i = 0; i < 400000; i++)); do :; done; echo done; read) ; echo ended; read'
+    const parent = spawn('bash', ['-c', busyChild], { stdio: ['pipe', 'pipe', 'inherit'] })
+    try {
+      await once(parent.stdout, 'data')
+      const meter = new Meter({ server: [parent.pid!] })
+      parent.stdin.write('\n')
+      await once(parent.stdout, 'data')
+      expect(meter.stop(1).cpuMicros.server, 'µs').toBeLessThan(200_000)
+    } finally {
+      parent.kill('SIGKILL')
+    }
+  },
+)
 
 test('a_target_is_judged_by_its_own_sense', () => {
   const verdict = (measured: Partial<Measured>, words: string) =>

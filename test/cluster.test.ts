@@ -1,9 +1,11 @@
 /** The protocol on a Redis Cluster of one node: no script touches two slots, and sinks are woken there, too. */
 import { once } from 'node:events'
 import { type AddressInfo, createServer } from 'node:net'
+import { setTimeout as sleep } from 'node:timers/promises'
 import { Redis } from 'ioredis'
-import { afterAll, afterEach, beforeAll, beforeEach, expect, onTestFinished, test } from 'vitest'
+import { afterAll, afterEach, beforeAll, beforeEach, expect, onTestFinished, test, vi } from 'vitest'
 import { connectRedis, openPartitions, type RedisClient } from '../shared/redis.js'
+import { AwayServers } from '../sink/away.js'
 import { Backlog } from '../sink/backlog.js'
 import { Leases } from '../sink/lease.js'
 import { type Listening, listen } from '../sink/listen.js'
@@ -114,6 +116,32 @@ test('of_the_suspects_of_many_slots_one_is_leased_at_a_time', async () => {
   await redis.client.hset(session, 'alone', '1-1')
   await leases.lease(everywhere, { ...LIMITS, suspectLapses: 2 })
   expect(await redis.client.hmget(session, 'lapses', 'alone')).toEqual(['2', '1-1'])
+})
+
+test('a_sink_that_was_held_up_itself_takes_no_server_for_away', async () => {
+  const servers = AwayServers.of(redis.client)
+  const place = redis.partitions.at(0)
+  const asked = servers.inTime(place, redis.client.exists(place.wake))
+  Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 1200) // for longer than it waits for an answer
+  expect(await asked).toBe(0)
+  expect(servers.isAway(place)).toBe(false)
+})
+
+test('leases_are_settled_although_the_answer_to_their_prolonging_came_late', async () => {
+  await new Producer(redis).store(turn('CA1', 0))
+  const [taken] = await readAll(redis.client, await leaseAll(leases, redis), LIMITS)
+  await leases.prolong([taken!.lease])
+  const evalsha = redis.client.evalsha.bind(redis.client) as (...args: unknown[]) => Promise<unknown>
+  const spy = vi.spyOn(redis.client, 'evalsha')
+  onTestFinished(() => spy.mockRestore())
+  spy.mockImplementationOnce(async (...args: unknown[]) => {
+    const reply = await evalsha(...args)
+    await sleep(1200) // for longer than it is waited for
+    return reply
+  })
+  await expect(leases.prolong([taken!.lease])).rejects.toThrow('no answer')
+  await sleep(500)
+  expect((await leases.settle([committed(taken!)])).lapsed).toBe(0)
 })
 
 test('reap_works_on_a_cluster', async () => {

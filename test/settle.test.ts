@@ -1,10 +1,11 @@
 /** settle: the cursor moves with what is committed, the lease ends, and nothing that arrived meanwhile is forgotten. */
 import { setTimeout as sleep } from 'node:timers/promises'
-import { beforeEach, expect, test } from 'vitest'
+import { beforeEach, expect, onTestFinished, test, vi } from 'vitest'
+import { Hold } from '../sink/hold.js'
 import type { Leases } from '../sink/lease.js'
 import type { Overdue } from '../sink/overdue.js'
 import { givenBack } from '../sink/settle.js'
-import { type RedisDatabase, until } from './support/stores.js'
+import { log, type RedisDatabase, until } from './support/stores.js'
 import {
   callsIn,
   committed,
@@ -279,4 +280,65 @@ test.each<[string, (waiting: string) => Promise<unknown>]>([
   const { again, lost } = await leases.settle([committed(taken)])
   expect({ again, lost }).toEqual({ again: [redis.partitions.of(sid).partition], lost: [] })
   expect((await placesOf(redis, sid)).ready).toBe(msOf(waiting!))
+})
+
+test('what_waits_passes_for_all_that_was_added_only_while_something_that_was_read_is_still_there', async () => {
+  const countedNow = async () => {
+    const { lease } = await take(leases, redis)
+    await leases.settle([givenBack(lease)])
+    return lease.counted
+  }
+  await producer.store(turn(sid, 0), turn(sid, 1), turn(sid, 2))
+  expect(await countedNow()).toBeUndefined()
+  await leases.settle([committed(await take(leases, redis), 1)])
+  expect(await countedNow()).toBe(2)
+  await redis.client.xtrim(streamOf(redis, sid), 'MAXLEN', 2)
+  expect(await countedNow(), 'more may have been trimmed away: newer servers would say the same').toBeUndefined()
+})
+
+test('entries_that_are_trimmed_away_while_they_are_leased_are_lost_even_if_as_many_come_instead', async () => {
+  await producer.store(turn(sid, 0), turn(sid, 1))
+  const lease = (await leaseAll(leases, redis))[0]!
+  await redis.client.xtrim(streamOf(redis, sid), 'MAXLEN', 1)
+  await producer.store(turn(sid, 2))
+  const [read] = await readAll(redis.client, [{ ...lease, waiting: 10 }], LIMITS)
+  expect(read!.entries).toHaveLength(2)
+  const { lost } = await leases.settle([committed({ ...read!, lease })])
+  expect(lost).toEqual([{ callSid: sid, entries: 1 }])
+})
+
+test('leases_of_which_some_cannot_be_prolonged_are_settled_by_their_new_deadlines', async () => {
+  await producer.store(turn(sid, 0))
+  const first = await take(leases, redis)
+  await sleep(5)
+  await producer.store(turn('CA2', 0))
+  const second = await take(leases, redis)
+  await leases.prolong([first.lease]) // Redis knows the script from now on
+  await sleep(5)
+  const { client } = redis
+  const evalsha = client.evalsha.bind(client) as (...args: unknown[]) => Promise<unknown>
+  const spy = vi.spyOn(client, 'evalsha')
+  onTestFinished(() => spy.mockRestore())
+  spy.mockImplementationOnce(() => Promise.reject(new Error('the connection is cut')))
+  spy.mockImplementationOnce(async (...args: unknown[]) => {
+    const reply = await evalsha(...args)
+    await sleep(50)
+    return reply
+  })
+  await expect(leases.prolong([first.lease, second.lease])).rejects.toThrow('the connection is cut')
+  expect((await leases.settle([committed(second)])).lapsed).toBe(0)
+})
+
+test('the_entry_that_a_call_was_suspected_for_is_forgotten_only_by_a_sink_that_has_tried_it', async () => {
+  await producer.store(turn(sid, 0))
+  await redis.client.hset(sessionOf(redis, sid), { lapses: 1, alone: '1-1' })
+  const aloneAfter = async (isTried: boolean) => {
+    const { lease } = await take(leases, redis)
+    const hold = new Hold(leases, [lease], LIMITS.leaseMs, log)
+    if (isTried) hold.tries([lease])
+    await hold.end()
+    return redis.client.hmget(sessionOf(redis, sid), 'alone', 'lapses')
+  }
+  expect(await aloneAfter(false)).toEqual(['1-1', '1'])
+  expect(await aloneAfter(true)).toEqual([null, '1'])
 })

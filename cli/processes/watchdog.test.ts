@@ -24,3 +24,11 @@ test('what_ends_or_is_to_stop_meanwhile_does_not_hang', async () => {
   expect(await asked('.xxx')).toEqual({ hanging: false, questions: 4 })
   expect(await asked('')).toEqual({ hanging: false, questions: 0 })
 })
+
+test('what_died_before_its_end_is_known_does_not_hang', async () => {
+  let isConnected = true
+  setImmediate(() => {
+    isConnected = false
+  })
+  expect(await hangs(silence, () => isConnected, patience)).toBe(false)
+})

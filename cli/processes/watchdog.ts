@@ -2,7 +2,7 @@
  * Finds a process that lives and does nothing: its event loop is blocked, or it was stopped (SIGSTOP). It holds connections that
  * nobody answers, and the system goes on giving it new ones.
  */
-import { setTimeout as sleep } from 'node:timers/promises'
+import { setImmediate as nextEvents, setTimeout as sleep } from 'node:timers/promises'
 
 export interface Patience {
   /** Between two questions, and how long each waits for its answer, ms. */
@@ -36,7 +36,10 @@ export async function hangs(
     if (answers) {
       unanswered = 0
       await sleep(everyMs)
-    } else if (++unanswered >= questions) return isWatched()
+      continue
+    }
+    await nextEvents() // questions to one that has just died fail at once, before it is known that it died
+    if (++unanswered >= questions) return isWatched()
   }
   return false
 }
