@@ -1,6 +1,11 @@
 /**
  * `npm run bench`: what calltape carries on this machine, what it costs, and what others would cost. All processes share the
  * machine's cores, the load generator too. Machines differ and are noisy: compare ratios, and CPU time a turn, within one run.
+ *
+ * Where to read on: scenarios.ts lists what is measured. The plainest scenario, end-to-end.ts, has all that the others are made of:
+ * what is sent (load.ts), to which processes (processes.ts; the stores are context.ts), what they cost (machine.ts), whether every
+ * row is as it was sent (verify.ts), and the line of the table (report.ts). backlog.ts is how sinks are handed a backlog at one
+ * moment; peers.ts runs the programs in peers/; targets.ts has what is aimed at.
  */
 import { closeSync, existsSync, mkdirSync, openSync, rmSync } from 'node:fs'
 import { writeFile } from 'node:fs/promises'

@@ -57,6 +57,8 @@ export class Bench {
   readonly appendix: string[] = []
   /** A process that was started and has ended by itself. */
   death: string | undefined
+  /** Nothing more can be measured: a store has ended. */
+  isBroken = false
   private running: Stores | undefined
   private starting: Promise<void> | undefined
   private readonly ends: (() => Promise<unknown>)[] = []
@@ -80,9 +82,6 @@ export class Bench {
     )
     return [`${redis}, AOF everysec`, `${postgres}`]
   }
-
-  /** Nothing more can be measured: a store has ended. */
-  isBroken = false
 
   /** What is to be done when the bench ends, however it ends; the last one first. */
   atEnd(end: () => Promise<unknown>): void {

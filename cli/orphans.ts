@@ -3,8 +3,8 @@ import { type Config, givenEnvironment, isBug, OperatorError, readConfig } from 
 import { sessionKey } from '../shared/keys.js'
 import { createLog, reasonOf } from '../shared/log.js'
 import { connectRedis, type RedisClient, readPartitions } from '../shared/redis.js'
-import { Leases } from '../sink/lease.js'
 import { isAdoptable, type Orphan, OrphanSearch } from '../sink/orphans.js'
+import { Overdue } from '../sink/overdue.js'
 import { createLiveView, keepDrawing, number, table } from './live-view.js'
 import { runningStack } from './stack.js'
 
@@ -47,14 +47,14 @@ async function findAll(config: Config, isAdopting: boolean): Promise<{ listed: L
     redis = await connectRedis(config.REDIS_URL, createLog('orphans', 'silent'), config)
     const partitions = await readPartitions(redis, config.PARTITIONS)
     const search = new OrphanSearch(redis, partitions)
-    const leases = new Leases(redis, partitions, config.LEASE_SECONDS * 1000)
+    const overdue = new Overdue(redis, partitions)
     const idleMs = config.IDLE_TIMEOUT * 1000
     const listed: Listed[] = []
     const stopShowing = showProgress(search, listed)
     try {
       for await (const orphan of search.run()) {
         const facts = await factsOf(redis, orphan)
-        const adopted = isAdopting && (await adopt(search, leases, orphan, idleMs))
+        const adopted = isAdopting && (await adopt(search, overdue, orphan, idleMs))
         listed.push({ kind: orphan.kind, key: orphan.key, ...facts, adopted })
       }
     } finally {
@@ -70,11 +70,11 @@ async function findAll(config: Config, isAdopting: boolean): Promise<{ listed: L
   }
 }
 
-async function adopt(search: OrphanSearch, leases: Leases, orphan: Orphan, idleMs: number): Promise<boolean> {
+async function adopt(search: OrphanSearch, overdue: Overdue, orphan: Orphan, idleMs: number): Promise<boolean> {
   if (!isAdoptable(orphan)) return false
   // Its end is said in a stream made anew, on the way of all strays; one that was presumed over only waits for its retention.
   const { kind, place } = orphan
-  if (kind === 'lost_stream' && (await leases.end(place.callSid))) return true
+  if (kind === 'lost_stream' && (await overdue.end(place.callSid))) return true
   return search.adopt(orphan, idleMs)
 }
 

@@ -1,16 +1,10 @@
 /**
- * append: group commit into Redis. What arrived since the last flush goes out in one script call per lane, a few in
- * flight; when nothing is in flight it goes at once, never on a timer alone.
- *
- * What must hold:
- *  - the events of one call reach its stream in the order they were given;
- *  - an event is settled (acked) only when Redis has executed its append;
- *  - an append that is sent again, because its reply got lost, is applied once: batches are numbered, see append.lua.
+ * append: group commit into Redis. What arrived since the last flush goes out in one script call per lane (see lane-queue.ts);
+ * when nothing is in flight it goes at once, never on a timer alone. An event is settled (acked) only when Redis has executed
+ * its append.
  */
 import { randomUUID } from 'node:crypto'
 import { setTimeout as sleep } from 'node:timers/promises'
-import { backoffMs } from '../shared/backoff.js'
-import { crashPoint } from '../shared/crash.js'
 import { type CallEvent, Refusal } from '../shared/events.js'
 import type { Partitions } from '../shared/keys.js'
 import { type Lane, lanesOf } from '../shared/lanes.js'
@@ -18,24 +12,11 @@ import type { Logger } from '../shared/log.js'
 import type { IngestMetrics } from '../shared/metrics.js'
 import { Nagging } from '../shared/nagging.js'
 import type { RedisClient } from '../shared/redis.js'
-import { isNoScript, Script } from '../shared/script.js'
-import { Batch } from './batch.js'
+import { isNoScript } from '../shared/script.js'
+import type { Batch } from './batch.js'
 import type { Confirm } from './durability.js'
-import { FairQueue } from './fair-queue.js'
-import { ScriptCall } from './script-call.js'
-import { sessionNote } from './session.js'
-
-/** One batch that Redis executes and one that waits for it; more would only make batches smaller. */
-const MAX_IN_FLIGHT = 2
-const MAX_FREE_CALLS = 8
-/** What an event takes in memory beside its JSON, roughly. */
-const EVENT_OVERHEAD_BYTES = 256
-const FIRST_RETRY_PAUSE_MS = 10
-const MAX_RETRY_PAUSE_MS = 1000
-/** Redis has taken nothing for so long: it hangs. */
-const AWAY_AFTER_MS = 1500
-
-const appendScript = new Script('ingest/append.lua')
+import { AWAY_AFTER_MS, EVENT_OVERHEAD_BYTES, LaneQueue } from './lane-queue.js'
+import type { ScriptCall } from './script-call.js'
 
 /** Whoever waits for an event: a WebSocket connection, an HTTP request, or a segment of the spool. */
 export interface Origin {
@@ -53,129 +34,11 @@ export interface AppenderOptions {
   confirm?: Confirm
 }
 
-/** The events of one lane, in numbered batches. */
-class LaneQueue {
-  /** Those in flight, or to be sent again, in order. */
-  private readonly batches: Batch[] = []
-  /** Made up into a batch only when one can be sent: until then whoever comes next gets his turn. */
-  private readonly queue = new FairQueue()
-  /** Appends that are sent and not answered. */
-  inFlight = 0
-  queuedBytes = 0
-  private nextNumber = 1
-  private failing = false
-  /** In a row: a Redis that answers, but refuses to write, must not be asked all the time. */
-  private failures = 0
-  private readonly producerKey: string
-
-  constructor(
-    readonly lane: Lane,
-    private readonly appender: Appender,
-    private readonly partitions: Partitions,
-    producer: string,
-  ) {
-    this.producerKey = lane.partitions[0]!.producerPrefix + producer
-  }
-
-  push(event: CallEvent, payload: string, origin: Origin, position: number): void {
-    this.queuedBytes += payload.length + EVENT_OVERHEAD_BYTES
-    this.queue.push(event.call_sid, payload, sessionNote(event), origin, position)
-  }
-
-  /** Its last append failed, or hangs. */
-  isAway(now: number): boolean {
-    return this.failures > 0 || now - (this.waitingSince ?? now) > AWAY_AFTER_MS
-  }
-
-  private nextBatch(): Batch {
-    const batch = new Batch(this.nextNumber++)
-    this.queue.take((waiting) => {
-      if (!batch.hasRoomFor(waiting.payload)) return false
-      batch.add(waiting, this.partitions)
-      return true
-    })
-    this.batches.push(batch)
-    return batch
-  }
-
-  /** Since when (ms epoch) its oldest batch has been waiting; undefined when there is none. */
-  get waitingSince(): number | undefined {
-    return this.batches[0]?.since
-  }
-
-  flush(): void {
-    // What confirms an append blocks the connection meanwhile: a batch behind it would have to wait for two confirmations.
-    const most = this.appender.options.confirm ? 1 : MAX_IN_FLIGHT
-    const canSend = () => !this.failing && !this.appender.isAbandoned && this.inFlight < most
-    for (const batch of this.batches) if (!batch.isSent && canSend()) void this.send(batch)
-    while (!this.queue.isEmpty && canSend()) void this.send(this.nextBatch())
-  }
-
-  /** Once it has been in flight, Redis may have applied it: what is sent again is exactly what was sent before. */
-  private async send(batch: Batch): Promise<void> {
-    batch.isSent = true
-    this.inFlight++
-    const started = performance.now()
-    const { idleTimeoutMs, disconnectGraceMs, confirm } = this.appender.options
-    const knownApplied = this.batches[0]!.number - 1
-    const call = this.appender.scriptCalls.pop() ?? new ScriptCall()
-    batch.encode(call, this.producerKey, this.lane.wake, knownApplied, idleTimeoutMs, disconnectGraceMs)
-    crashPoint('before-append')
-    let reply: unknown
-    try {
-      const connection = this.lane.connection()
-      ;[reply] = await Promise.all([call.run(connection, appendScript), confirm?.(connection)])
-    } catch (error) {
-      this.inFlight--
-      batch.isSent = false
-      if (!this.failing) {
-        this.failing = true
-        void this.recover(error as Error)
-      }
-      return
-    }
-    crashPoint('after-append')
-    call.reset() // of one that failed, nobody knows what the socket still holds
-    if (this.appender.scriptCalls.length < MAX_FREE_CALLS) this.appender.scriptCalls.push(call)
-    this.inFlight--
-    if (this.failures > 0) this.appender.recovered(this.lane)
-    this.failures = 0
-    this.queuedBytes -= batch.bytes + batch.events * EVENT_OVERHEAD_BYTES
-    this.batches.splice(this.batches.indexOf(batch), 1)
-    // Not within the `try`: an origin that throws is a bug, not an append that failed, and this batch must not be sent again.
-    this.appender.applied(batch, reply as [number, string][], (performance.now() - started) / 1000)
-    this.flush()
-  }
-
-  /**
-   * Nothing is known of a failed batch, and those behind it may have failed or not. Once none is in flight, all that are
-   * left are sent again in order; those that had been applied are recognised by their number.
-   */
-  private async recover(error: Error): Promise<void> {
-    let lastError: Error = error
-    for (;;) {
-      this.appender.failed(lastError, this.lane)
-      this.failures++
-      if (!isNoScript(lastError)) await sleep(backoffMs(this.failures, FIRST_RETRY_PAUSE_MS, MAX_RETRY_PAUSE_MS))
-      while (this.inFlight > 0) await sleep(1)
-      if (this.appender.isAbandoned) return
-      try {
-        await appendScript.load(await this.lane.find())
-        break
-      } catch (loadError) {
-        lastError = loadError as Error
-      }
-    }
-    this.failing = false
-    this.flush()
-  }
-}
-
 /** What those who hand events over need of it. */
 export type Sender = Pick<Appender, 'append' | 'isFull' | 'isFullFor' | 'isAway'>
 
 export class Appender {
-  private readonly lanes: LaneQueue[]
+  private readonly queues: LaneQueue[]
   private flushScheduled = false
   private queuedBytes = 0
   private queuedEvents = 0
@@ -195,7 +58,7 @@ export class Appender {
     private readonly log: Logger,
   ) {
     const producer = randomUUID()
-    this.lanes = lanesOf(client, partitions).map((lane) => new LaneQueue(lane, this, partitions, producer))
+    this.queues = lanesOf(client, partitions).map((lane) => new LaneQueue(lane, this, partitions, producer))
   }
 
   /** True when no more should be taken in until Redis has caught up. */
@@ -209,10 +72,10 @@ export class Appender {
    */
   isFullFor(callSid: string): boolean {
     if (this.isFull) return true
-    const part = this.options.maxQueueBytes / this.lanes.length
+    const part = this.options.maxQueueBytes / this.queues.length
     if (this.queuedBytes <= part) return false // asked for every event: as a rule it is known without looking for its lane
-    const lane = this.laneOf(callSid)
-    return lane.queuedBytes > part && lane.isAway(Date.now())
+    const queue = this.queueOf(callSid)
+    return queue.queuedBytes > part && queue.isAway(Date.now())
   }
 
   /** What is given to it now would wait, and nobody knows for how long. */
@@ -223,15 +86,15 @@ export class Appender {
   /** For how long the oldest event has been waiting for Redis. */
   get waitingMs(): number {
     const now = Date.now()
-    return Math.max(...this.lanes.map((lane) => now - (lane.waitingSince ?? now)))
+    return Math.max(...this.queues.map(({ waitingSince }) => now - (waitingSince ?? now)))
   }
 
   /** Whose oldest event has been waiting for longer. */
   lanesWaiting(ms: number): Lane[] {
     const before = Date.now() - ms
-    return this.lanes
+    return this.queues
       .filter(({ waitingSince }) => waitingSince !== undefined && waitingSince < before)
-      .map((l) => l.lane)
+      .map(({ lane }) => lane)
   }
 
   /**
@@ -240,7 +103,7 @@ export class Appender {
    * @param payload the event's JSON, as it goes into the stream
    */
   append(event: CallEvent, payload: string, origin: Origin, position: number): void {
-    this.laneOf(event.call_sid).push(event, payload, origin, position)
+    this.queueOf(event.call_sid).push(event, payload, origin, position)
     this.queuedBytes += payload.length + EVENT_OVERHEAD_BYTES
     this.queuedEvents++
     if (!this.flushScheduled) {
@@ -248,13 +111,13 @@ export class Appender {
       // After this turn of the event loop: whatever else its sockets brought goes into the same flush.
       setImmediate(() => {
         this.flushScheduled = false
-        for (const each of this.lanes) each.flush()
+        for (const queue of this.queues) queue.flush()
       })
     }
   }
 
-  private laneOf(callSid: string): LaneQueue {
-    return this.lanes.length === 1 ? this.lanes[0]! : this.lanes[this.partitions.of(callSid).partition]!
+  private queueOf(callSid: string): LaneQueue {
+    return this.queues.length === 1 ? this.queues[0]! : this.queues[this.partitions.of(callSid).partition]!
   }
 
   applied(batch: Batch, refused: [number, string][], seconds: number): void {
@@ -311,9 +174,9 @@ export class Appender {
   observe(): void {
     this.metrics.queuedEvents.set(this.queuedEvents)
     this.metrics.queuedBytes.set(this.queuedBytes)
-    this.metrics.inFlight.set(this.lanes.reduce((sum, lane) => sum + lane.inFlight, 0))
+    this.metrics.inFlight.set(this.queues.reduce((sum, { inFlight }) => sum + inFlight, 0))
     const now = Date.now()
-    const away = this.lanes.filter((lane) => lane.isAway(now))
+    const away = this.queues.filter((queue) => queue.isAway(now))
     this.metrics.partitionsAway.set(away.reduce((sum, { lane }) => sum + lane.partitions.length, 0))
   }
 }

@@ -140,11 +140,93 @@ export function countProvidersFromZero({ webhooks, ignored }: IngestMetrics, pro
   }
 }
 
+/** The calls that have ended. */
+function finalizedOf({ counter }: Makers) {
+  return {
+    finalized: fromZero(
+      counter(
+        'calls_finalized_total',
+        'Calls finalized for the first time, by outcome: no_answer, error, disconnected, none (nobody has said), other (what the bot said)',
+        'outcome',
+      ),
+      'outcome',
+      OUTCOMES,
+    ),
+    refinalized: counter('calls_refinalized_total', 'Final calls whose row was computed again: something came late'),
+    incomplete: counter('calls_incomplete_total', 'Calls finalized of which a turn is proved to be missing'),
+    abandoned: counter('calls_abandoned_total', 'Calls finalized because they were presumed over: nobody ended them'),
+  }
+}
+
+/** Each step of a batch's way. */
+function batchesOf({ seconds, sizes }: Makers) {
+  return {
+    leaseSeconds: seconds('lease_seconds', 'Time to lease one batch of calls'),
+    readSeconds: seconds('read_seconds', 'Time to read and decode one batch'),
+    copySeconds: seconds('copy_seconds', 'Time to COPY the turns of one batch'),
+    finalizeSeconds: seconds('finalize_seconds', 'Time to fold the call_sessions rows of one batch'),
+    writeSeconds: seconds('write_seconds', 'Time of one transaction, COPY and finalizing included'),
+    settleSeconds: seconds('settle_seconds', 'Time to settle one batch'),
+    batchRows: sizes('batch_rows', 'Rows in one transaction'),
+    batchCalls: sizes('batch_calls', 'Calls in one transaction'),
+    latencySeconds: seconds(
+      'event_to_committed_seconds',
+      'Time from the arrival of an event in Redis to its COMMIT; of each call in a batch, that of its oldest event',
+    ),
+  }
+}
+
+/** What every sink says of all calls. While Redis cannot be asked, those have no value that come from there at each scrape. */
+function sharedOf({ highest }: Makers) {
+  return {
+    sinks: highest('sinks', 'Sinks that share the partitions'),
+    lagSeconds: unset(highest('lag_seconds', 'Age of the oldest event in Redis that is not in PostgreSQL')),
+    worstPartition: highest(
+      'worst_partition_lag_seconds',
+      'The same, with the partition that it is in; only that one',
+      'partition',
+    ),
+    laggingPartitions: unset(
+      highest('lagging_partitions', 'Partitions with an event that has been waiting for over a second'),
+    ),
+    entriesBehind: unset(
+      highest(
+        'entries_behind',
+        'Entries in Redis that are not in PostgreSQL; where a partition has very many such calls, estimated from some',
+      ),
+    ),
+    readyCalls: unset(highest('ready_calls', 'Calls with entries that no sink works on')),
+    leasedCalls: unset(highest('leased_calls', 'Calls that sinks work on')),
+    openCalls: unset(highest('open_calls', 'Calls that have not ended')),
+    endedCalls: unset(highest('ended_calls', 'Final calls that are still in Redis')),
+    keptCalls: highest(
+      'kept_calls',
+      'Final calls past STREAM_RETENTION that stay in Redis because something in them is not in PostgreSQL',
+    ),
+    legacyHeld: highest(
+      'legacy_held_calls',
+      'Calls in legacy_held, whose row in LEGACY_CALL_SESSIONS was locked or too slow',
+    ),
+    redisMemory: unset(highest('redis_memory_bytes', 'Memory that Redis uses, all masters together')),
+    redisMaxMemory: unset(
+      highest('redis_max_memory_bytes', 'What Redis may use: maxmemory of all masters; 0: no limit'),
+    ),
+    streams: highest('streams', "Calls' streams in Redis, at the last sweep"),
+    streamBytes: highest('stream_bytes', "Memory of calls' streams and sessions in Redis, at the last sweep"),
+    orphans: highest(
+      'orphan_streams',
+      'Keys that look like calls and that nobody works on, at the last sweep, by kind; see calltape orphans',
+      'kind',
+    ),
+    sweptAt: highest('last_sweep_timestamp_seconds', 'When the last sweep ended, epoch seconds; 0: never'),
+  }
+}
+
 export type SinkMetrics = ReturnType<typeof createSinkMetrics>
 
 export function createSinkMetrics() {
   const makers = metricsOf('calltape_sink')
-  const { registry, counter, gauge, highest, lowest, seconds, sizes } = makers
+  const { registry, counter, gauge, highest, lowest } = makers
   return {
     registry,
     ...processesOf(makers, 'SINK_PROCESSES', 1, 1),
@@ -176,32 +258,8 @@ export function createSinkMetrics() {
     reaped: counter('reaped_total', 'Calls presumed over'),
     ownedPartitions: gauge('owned_partitions', 'Partitions whose news wakes this sink'),
     stolen: counter('stolen_calls_total', "Calls leased of other sinks' partitions, because they had been waiting"),
-
-    finalized: fromZero(
-      counter(
-        'calls_finalized_total',
-        'Calls finalized for the first time, by outcome: no_answer, error, disconnected, none (nobody has said), other (what the bot said)',
-        'outcome',
-      ),
-      'outcome',
-      OUTCOMES,
-    ),
-    refinalized: counter('calls_refinalized_total', 'Final calls whose row was computed again: something came late'),
-    incomplete: counter('calls_incomplete_total', 'Calls finalized of which a turn is proved to be missing'),
-    abandoned: counter('calls_abandoned_total', 'Calls finalized because they were presumed over: nobody ended them'),
-
-    leaseSeconds: seconds('lease_seconds', 'Time to lease one batch of calls'),
-    readSeconds: seconds('read_seconds', 'Time to read and decode one batch'),
-    copySeconds: seconds('copy_seconds', 'Time to COPY the turns of one batch'),
-    finalizeSeconds: seconds('finalize_seconds', 'Time to fold the call_sessions rows of one batch'),
-    writeSeconds: seconds('write_seconds', 'Time of one transaction, COPY and finalizing included'),
-    settleSeconds: seconds('settle_seconds', 'Time to settle one batch'),
-    batchRows: sizes('batch_rows', 'Rows in one transaction'),
-    batchCalls: sizes('batch_calls', 'Calls in one transaction'),
-    latencySeconds: seconds(
-      'event_to_committed_seconds',
-      'Time from the arrival of an event in Redis to its COMMIT; of each call in a batch, that of its oldest event',
-    ),
+    ...finalizedOf(makers),
+    ...batchesOf(makers),
     lastCommit: highest(
       'last_commit_timestamp_seconds',
       'When this sink last committed a batch, epoch seconds; 0: never',
@@ -226,49 +284,6 @@ export function createSinkMetrics() {
     purged: counter('purged_calls_total', 'Final calls removed from Redis after STREAM_RETENTION'),
     archived: counter('archived_entries_total', 'Entries written to ARCHIVE_DIR before they were removed from Redis'),
     purgeFailures: counter('purge_failures_total', 'Rounds of removing or archiving that failed, and are tried again'),
-
-    /** What every sink says of all calls. While Redis cannot be asked, those have no value that come from there at each scrape. */
-    shared: {
-      sinks: highest('sinks', 'Sinks that share the partitions'),
-      lagSeconds: unset(highest('lag_seconds', 'Age of the oldest event in Redis that is not in PostgreSQL')),
-      worstPartition: highest(
-        'worst_partition_lag_seconds',
-        'The same, with the partition that it is in; only that one',
-        'partition',
-      ),
-      laggingPartitions: unset(
-        highest('lagging_partitions', 'Partitions with an event that has been waiting for over a second'),
-      ),
-      entriesBehind: unset(
-        highest(
-          'entries_behind',
-          'Entries in Redis that are not in PostgreSQL; where a partition has very many such calls, estimated from some',
-        ),
-      ),
-      readyCalls: unset(highest('ready_calls', 'Calls with entries that no sink works on')),
-      leasedCalls: unset(highest('leased_calls', 'Calls that sinks work on')),
-      openCalls: unset(highest('open_calls', 'Calls that have not ended')),
-      endedCalls: unset(highest('ended_calls', 'Final calls that are still in Redis')),
-      keptCalls: highest(
-        'kept_calls',
-        'Final calls past STREAM_RETENTION that stay in Redis because something in them is not in PostgreSQL',
-      ),
-      legacyHeld: highest(
-        'legacy_held_calls',
-        'Calls in legacy_held, whose row in LEGACY_CALL_SESSIONS was locked or too slow',
-      ),
-      redisMemory: unset(highest('redis_memory_bytes', 'Memory that Redis uses, all masters together')),
-      redisMaxMemory: unset(
-        highest('redis_max_memory_bytes', 'What Redis may use: maxmemory of all masters; 0: no limit'),
-      ),
-      streams: highest('streams', "Calls' streams in Redis, at the last sweep"),
-      streamBytes: highest('stream_bytes', "Memory of calls' streams and sessions in Redis, at the last sweep"),
-      orphans: highest(
-        'orphan_streams',
-        'Keys that look like calls and that nobody works on, at the last sweep, by kind; see calltape orphans',
-        'kind',
-      ),
-      sweptAt: highest('last_sweep_timestamp_seconds', 'When the last sweep ended, epoch seconds; 0: never'),
-    },
+    shared: sharedOf(makers),
   }
 }

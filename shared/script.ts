@@ -4,6 +4,9 @@ import type { Redis } from 'ioredis'
 import { readPackageFile } from './package-root.js'
 import type { RedisClient } from './redis.js'
 
+/** A line that stands for a file: what several scripts need is written once. */
+const INCLUDE = /^-- include (\S+)$/gm
+
 /**
  * A Lua script of ours, run by its hash.
  *
@@ -17,7 +20,7 @@ export class Script {
 
   /** @param path below the package's root */
   constructor(path: string) {
-    this.source = readPackageFile(path)
+    this.source = readPackageFile(path).replaceAll(INCLUDE, (_line, included: string) => readPackageFile(included))
     this.sha = createHash('sha1').update(this.source).digest('hex')
   }
 

@@ -227,7 +227,7 @@ const sink = {
   },
   LEASE_SECONDS: {
     type: value.number(1, HOUR).default(15),
-    readBy: SINK_AND_COMMANDS,
+    readBy: ['sink'],
     unit: 'seconds',
     means: "after how long a dead sink's calls go to another (a living one prolongs its leases)",
   },

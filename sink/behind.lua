@@ -6,19 +6,16 @@
 --       [2] most bytes of such entries: Redis gives no entry's id without all that is in it
 -- Reply for each stream: entries behind the cursor, when the oldest of them arrived (ms; '' when there is none, or it is not
 --       wanted); for as many streams, from the first one on, as the bytes allow: one at least
+-- include sink/group.lua
 local wanted, bytes_left = tonumber(ARGV[1]), tonumber(ARGV[2])
 local reply = {}
 
 -- The group's cursor, and the entries behind it; as lease.lua has it, but nothing is made anew here.
 local function progress(stream)
-  local groups = redis.pcall('XINFO', 'GROUPS', stream)
-  if groups.err then return nil, 0 end
-  for _, g in ipairs(groups) do
-    local info = {}
-    for i = 1, #g, 2 do info[g[i]] = g[i + 1] end
-    if info.name == 'sink' then return info['last-delivered-id'], info.lag or redis.call('XLEN', stream) end
-  end
-  return '0-0', redis.call('XLEN', stream)
+  local group, err = group_of(stream)
+  if err then return nil, 0 end
+  if not group then return '0-0', redis.call('XLEN', stream) end
+  return group['last-delivered-id'], group.lag or redis.call('XLEN', stream)
 end
 
 for s, stream in ipairs(KEYS) do

@@ -12,22 +12,12 @@
 --         entries, bytes of their JSON,
 --         '' if all of it is committed; `busy`: a sink or a producer is at it; `uncommitted`: nobody is} for each call,
 --        calls kept in all these partitions}
+-- include sink/group.lua
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local left, retention = tonumber(ARGV[1]), tonumber(ARGV[2])
 local token = now + tonumber(ARGV[3]) - retention
 local claimed, kept = {}, 0
-
--- The sinks' cursor; nil when they have none there.
-local function cursor_of(stream)
-  local groups = redis.pcall('XINFO', 'GROUPS', stream)
-  if groups.err then return end
-  for _, g in ipairs(groups) do
-    local info = {}
-    for i = 1, #g, 2 do info[g[i]] = g[i + 1] end
-    if info.name == 'sink' then return info['last-delivered-id'] end
-  end
-end
 
 local function look_at(stream, session, p, sid)
   local bytes = redis.pcall('HGET', session, 'bytes')
@@ -36,11 +26,9 @@ local function look_at(stream, session, p, sid)
     if redis.call('ZSCORE', KEYS[list], sid) then return '', '', 0, 0, 'busy' end
   end
   if redis.call('EXISTS', stream) == 0 then return '', '', 0, 0, '' end
-  local reply = redis.pcall('XINFO', 'STREAM', stream)
-  if reply.err then return '', '', 0, 0, 'uncommitted' end -- a key that is not ours
-  local info = {}
-  for i = 1, #reply, 2 do info[reply[i]] = reply[i + 1] end
+  local info = named(redis.pcall('XINFO', 'STREAM', stream))
   local last = info['last-generated-id']
+  if not last then return '', '', 0, 0, 'uncommitted' end -- a key that is not ours
   local first = info['first-entry'] and info['first-entry'][1] or ''
   return first, last, info.length, bytes, cursor_of(stream) == last and '' or 'uncommitted'
 end

@@ -13,7 +13,8 @@ import {
   type Turn,
 } from '../shared/events.js'
 import { EVENT_FIELD, streamKey } from '../shared/keys.js'
-import { givenBack, type Lease, type Settlement } from './lease.js'
+import type { Lease } from './lease.js'
+import { givenBack, type Settlement } from './settle.js'
 
 /** As XREAD gives it: the id, and field, value, field, value … */
 export type Entry = [id: string, fields: string[]]

@@ -10,21 +10,15 @@
 -- Reply to `look`: {partition index, call_sid, last entry; '' while a sink has yet to commit something; nil when there is nobody to
 --         wait for (its stream is gone, say)} for each call that is due
 --       to `close`: how many are closed. One of which something is not committed may go on: its end is put off, by so many ms
+-- include sink/group.lua
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 
 -- The stream's last entry, if all is committed up to there; '' if that is to come.
 local function committed_up_to(p, sid, stream)
   if redis.call('ZSCORE', KEYS[4 * p - 2], sid) or redis.call('ZSCORE', KEYS[4 * p - 1], sid) then return '' end
-  local reply = redis.pcall('XINFO', 'STREAM', stream)
-  if reply.err then return end
-  local last
-  for i = 1, #reply, 2 do if reply[i] == 'last-generated-id' then last = reply[i + 1] end end
-  for _, group in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
-    local info = {}
-    for i = 1, #group, 2 do info[group[i]] = group[i + 1] end
-    if info.name == 'sink' and info['last-delivered-id'] == last then return last end
-  end
+  local last = named(redis.pcall('XINFO', 'STREAM', stream))['last-generated-id']
+  if cursor_of(stream) == last then return last end
 end
 
 if ARGV[1] == 'look' then

@@ -5,6 +5,7 @@
 -- KEYS  [1] wake channel  [2] ready  [3] leased  [4] open  [5] ended  [6] stream  [7] session
 -- ARGV  [1] call_sid  [2] its partition's number
 -- Reply 1, or 0 if Redis knows the call after all: then its end comes, or is there already
+-- include sink/group.lua
 local sid = ARGV[1]
 for list = 2, 5 do
   if redis.call('ZSCORE', KEYS[list], sid) then return 0 end
@@ -16,15 +17,7 @@ local id = redis.pcall('XADD', KEYS[6], '*', 'e',
 if type(id) == 'table' then return 0 end -- a key that is not ours
 redis.pcall('XGROUP', 'CREATE', KEYS[6], 'sink', '0')
 redis.pcall('HSET', KEYS[7], 'ended', 'presumed', 'presumed', '1', 'reason', 'abandoned')
--- When the oldest entry that is not committed arrived. Mostly that is this one; but of a call that has merely fallen out of all
--- lists older ones may be waiting. (As in reclaim.lua.)
-local cursor = '0-0'
-for _, group in ipairs(redis.call('XINFO', 'GROUPS', KEYS[6])) do
-  local info = {}
-  for i = 1, #group, 2 do info[group[i]] = group[i + 1] end
-  if info.name == 'sink' then cursor = info['last-delivered-id'] end
-end
-local oldest = redis.call('XRANGE', KEYS[6], '(' .. cursor, '+', 'COUNT', 1)[1]
-redis.call('ZADD', KEYS[2], string.match(oldest and oldest[1] or id, '^%d+'), sid)
+-- Mostly it is this entry alone that waits; but of a call that has merely fallen out of all lists older ones may.
+redis.call('ZADD', KEYS[2], waiting_since(KEYS[6], cursor_of(KEYS[6])) or string.match(id, '^%d+'), sid)
 redis.call('SPUBLISH', KEYS[1], ARGV[2])
 return 1

@@ -1,6 +1,7 @@
 /** The leases that a worker holds, kept alive for as long as it works on them. */
 import type { Logger } from '../shared/log.js'
-import { givenBack, type Lease, type Leases, type Settled, type Settlement, untouched } from './lease.js'
+import type { Lease, Leases } from './lease.js'
+import { givenBack, type Settled, type Settlement, untouched } from './settle.js'
 
 export class Hold {
   private readonly held: Set<Lease>

@@ -6,14 +6,11 @@
 -- ARGV  [1] the lease's token  [2] call_sid  [3] last entry committed  [4] entries read up to there (-1: unknown)
 --       [5] the entry that is tried next  [6] 1 if the call is finalized by what is committed, else 0
 -- Reply 1, or 0 if the lease had lapsed: then nothing was done, and nothing may be tried
+-- include sink/group.lua
 local leased, open, ended, stream, session = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local sid, last, read = ARGV[2], ARGV[3], ARGV[4]
 if redis.call('ZSCORE', leased, sid) ~= ARGV[1] then return 0 end
-if read == '-1' then
-  redis.pcall('XGROUP', 'SETID', stream, 'sink', last)
-else
-  redis.pcall('XGROUP', 'SETID', stream, 'sink', last, 'ENTRIESREAD', read)
-end
+set_cursor(stream, last, read)
 -- Its end is behind the cursor now, where no later lease would see it. (As in settle.lua: unless it has come back.)
 if ARGV[6] == '1' and not (redis.call('ZSCORE', open, sid) and not redis.pcall('HGET', session, 'ended')) then
   local time = redis.call('TIME')

@@ -19,6 +19,7 @@
 -- Of the suspects, which may take their sink with them once more, one is leased at a time, that with the fewest lapses: so the
 -- innocent ones among them get through first. A call leaves `ready` only when it is leased: whatever stops this script,
 -- none of them is forgotten.
+-- include sink/group.lua
 local PAGE = 100
 local MOST_LEFT = 1000 -- calls that are passed over in a partition
 local time = redis.call('TIME')
@@ -29,27 +30,21 @@ local most_of_a_call = tonumber(ARGV[5])
 local suspect_lapses, may_take_suspect = tonumber(ARGV[6]), ARGV[7] == '1'
 local leases, more, gone = {}, {}, {}
 
--- Progress of group `sink`: cursor, entries read, entries waiting, whether none that was added is missing there. A lost group is made again from
--- the start: rows are idempotent, so reading a call twice is safe and skipping is not. Else nil, and whether the stream is gone: a
--- Cluster that just moves it to another node cannot say, and it will be asked again.
+-- Progress of group `sink`: cursor, entries read, entries waiting, whether none that was added is missing there. A lost group is
+-- made again from the start: rows are idempotent, so reading a call twice is safe and skipping is not. Else nil, and whether the
+-- stream is gone: a Cluster that just moves it to another node cannot say, and it will be asked again.
 local function progress(stream)
-  local groups = redis.pcall('XINFO', 'GROUPS', stream)
-  if groups.err then
-    return nil, string.find(groups.err, 'no such key', 1, true) or string.find(groups.err, 'WRONGTYPE', 1, true)
+  local group, err = group_of(stream)
+  if err then return nil, string.find(err, 'no such key', 1, true) or string.find(err, 'WRONGTYPE', 1, true) end
+  if not group then
+    redis.call('XGROUP', 'CREATE', stream, 'sink', '0')
+    return '0-0', 0, redis.call('XLEN', stream)
   end
-  for _, g in ipairs(groups) do
-    local info = {}
-    for i = 1, #g, 2 do info[g[i]] = g[i + 1] end
-    if info.name == 'sink' then
-      local cursor = info['last-delivered-id']
-      -- Where all that is left waits, as when more than was read has been trimmed away, newer servers count just what is left.
-      local is_counted = info.lag and cursor ~= '0-0' and info.lag < redis.call('XLEN', stream)
-      -- A group that has not moved yet has no count of entries read: it is 0.
-      return cursor, info['entries-read'] or (cursor == '0-0' and 0 or -1), info.lag or redis.call('XLEN', stream), is_counted
-    end
-  end
-  redis.call('XGROUP', 'CREATE', stream, 'sink', '0')
-  return '0-0', 0, redis.call('XLEN', stream)
+  local cursor = group['last-delivered-id']
+  -- Where all that is left waits, as when more than was read has been trimmed away, newer servers count just what is left.
+  local is_counted = group.lag and cursor ~= '0-0' and group.lag < redis.call('XLEN', stream)
+  -- A group that has not moved yet has no count of entries read: it is 0.
+  return cursor, group['entries-read'] or (cursor == '0-0' and 0 or -1), group.lag or redis.call('XLEN', stream), is_counted
 end
 
 -- Returns whether the call is to leave `ready`: it goes into `taken`, or its stream is gone.

@@ -1,6 +1,6 @@
 /**
- * The scripts that share calls out among sinks: lease, prolong, isolate, settle, reclaim, reap, end. See the .lua files for what
- * each must hold.
+ * The scripts that share calls out among sinks: lease, prolong, isolate, settle. See the .lua files for what each must hold, and
+ * overdue.ts for what happens to calls that nobody settles or ends.
  */
 import { type CallPlace, type PartitionKeys, type Partitions, sessionKey, streamKey } from '../shared/keys.js'
 import { type Lane, lanesOf, someOf } from '../shared/lanes.js'
@@ -8,14 +8,12 @@ import type { RedisClient } from '../shared/redis.js'
 import { Script } from '../shared/script.js'
 import { AwayLanes } from './away.js'
 import { MAX_READ_ENTRIES } from './read.js'
+import { type Settled, type Settlement, settleArgs, untouched } from './settle.js'
 
 const leaseScript = new Script('sink/lease.lua')
 const prolongScript = new Script('sink/prolong.lua')
 const isolateScript = new Script('sink/isolate.lua')
 const settleScript = new Script('sink/settle.lua')
-const reclaimScript = new Script('sink/reclaim.lua')
-const reapScript = new Script('sink/reap.lua')
-const endScript = new Script('sink/end.lua')
 
 /** Of a call, however many slots of a Cluster a batch is made of. */
 const LEAST_ENTRIES_OF_A_CALL = 16
@@ -46,41 +44,6 @@ export interface Lease extends CallPlace {
   bytesAnEntry: number
 }
 
-/** What became of a lease. */
-export interface Settlement {
-  lease: Lease
-  /** The last entry committed; undefined: none, the call is given back. */
-  last: string | undefined
-  /** How many entries were read. */
-  count: number
-  finalized: boolean
-  /** It is given back because it came to nothing, and perhaps that was its own doing. */
-  lapsed?: boolean
-  /** Something that could be read is in quarantine now: it may have been the call's end. */
-  quarantined?: boolean
-  /** There was progress, but not yet at what its lapses are for. */
-  keepLapses?: boolean
-  /** It is given back before anything was tried: what is known of it stays. */
-  untried?: boolean
-}
-
-/** It was leased, and not looked at. */
-export const untouched = (lease: Lease): Settlement => ({ ...givenBack(lease), untried: true })
-
-/** Nothing of it was committed: whoever works next may have the call at once. */
-export const givenBack = (lease: Lease): Settlement => ({ lease, last: undefined, count: 0, finalized: false })
-
-export interface Settled {
-  /** How many leases had lapsed. */
-  lapsed: number
-  /** The numbers of partitions with calls that are ready again. */
-  again: number[]
-  /** Entries that somebody trimmed away before they were committed. */
-  lost: { callSid: string; entries: number }[]
-  /** Why some of the leases are not settled; the rest is of the others. */
-  failure?: Error
-}
-
 export interface LeaseLimits {
   calls: number
   entries: number
@@ -88,6 +51,14 @@ export interface LeaseLimits {
   leaseMs: number
   /** A call with so many lapses is a suspect: it is leased by itself. */
   suspectLapses: number
+}
+
+export interface Leased {
+  leases: Lease[]
+  /** The numbers of partitions that may have more ready calls. */
+  more: number[]
+  /** The call_sids of those whose stream is gone although something waited in it. */
+  gone: string[]
 }
 
 export class Leases {
@@ -111,15 +82,9 @@ export class Leases {
 
   /**
    * @param hints numbers of the partitions to look into
-   * @param mayTakeSuspect one call with so many lapses may be leased, too
-   * @returns what was leased, the numbers of partitions that may have more, and calls whose stream is gone although
-   *   something waited in it
+   * @param mayTakeSuspect one suspect may be leased, too
    */
-  async lease(
-    hints: Iterable<number>,
-    limits: LeaseLimits,
-    mayTakeSuspect = true,
-  ): Promise<{ leases: Lease[]; more: number[]; gone: string[] }> {
+  async lease(hints: Iterable<number>, limits: LeaseLimits, mayTakeSuspect = true): Promise<Leased> {
     const asked = this.byLane([...hints].map((p) => this.partitions.at(p)))
     for (const [lane, partitions] of asked) {
       if (!this.away.isAway(lane)) continue
@@ -133,22 +98,14 @@ export class Leases {
     // less is read of each; what is left makes it ready again.
     const mostOfACall =
       asked.size === 1 ? MAX_READ_ENTRIES : clamp(share(limits.entries), LEAST_ENTRIES_OF_A_CALL, MAX_READ_ENTRIES)
+    const ofALane = {
+      ...limits,
+      calls: share(limits.calls),
+      entries: share(limits.entries),
+      bytes: share(limits.bytes),
+    }
     const results = await Promise.allSettled(
-      [...asked].map(async ([lane, partitions]) => {
-        const keys = [...partitions.flatMap((p) => [p.ready, p.leased, p.ended]), lane.wake]
-        const prefixes = partitions.flatMap((p) => [p.streamPrefix, p.sessionPrefix])
-        const most = [share(limits.calls), share(limits.entries), share(limits.bytes)]
-        const args = [...most, limits.leaseMs, mostOfACall, limits.suspectLapses, mayTakeSuspect ? 1 : 0, ...prefixes]
-        const leased = leaseScript
-          .run(this.client, keys, args)
-          .then((reply) => readLeases(reply as LeaseReply, partitions, mostOfACall))
-        try {
-          return await this.away.watch(lane, leased, ({ leases }) => this.giveBack(leases))
-        } catch (error) {
-          if (this.away.isAway(lane)) this.putOffUntilBack(lane, partitions)
-          throw error
-        }
-      }),
+      [...asked].map(([lane, partitions]) => this.leaseIn(lane, partitions, ofALane, mostOfACall, mayTakeSuspect)),
     )
     const answers = someOf(results) // one shard of a Cluster that cannot be reached does not stop the others
     const found = {
@@ -159,11 +116,29 @@ export class Leases {
     return answers.length === 1 ? found : this.withOneSuspect(found, limits)
   }
 
+  private async leaseIn(
+    lane: Lane,
+    partitions: PartitionKeys[],
+    { calls, entries, bytes, leaseMs, suspectLapses }: LeaseLimits,
+    mostOfACall: number,
+    mayTakeSuspect: boolean,
+  ): Promise<Leased> {
+    const keys = [...partitions.flatMap((p) => [p.ready, p.leased, p.ended]), lane.wake]
+    const prefixes = partitions.flatMap((p) => [p.streamPrefix, p.sessionPrefix])
+    const args = [calls, entries, bytes, leaseMs, mostOfACall, suspectLapses, mayTakeSuspect ? 1 : 0, ...prefixes]
+    const leased = leaseScript
+      .run(this.client, keys, args)
+      .then((reply) => readLeases(reply as LeaseReply, partitions, mostOfACall))
+    try {
+      return await this.away.watch(lane, leased, ({ leases }) => this.giveBack(leases))
+    } catch (error) {
+      if (this.away.isAway(lane)) this.putOffUntilBack(lane, partitions)
+      throw error
+    }
+  }
+
   /** Each slot of a Cluster leases one. What dies of one of them would take the others along, and make them more suspect yet. */
-  private async withOneSuspect<F extends { leases: Lease[]; more: number[] }>(
-    found: F,
-    limits: LeaseLimits,
-  ): Promise<F> {
+  private async withOneSuspect(found: Leased, limits: LeaseLimits): Promise<Leased> {
     const suspects = found.leases.filter(({ lapses }) => lapses >= limits.suspectLapses)
     const surplus = new Set(suspects.sort((a, b) => a.lapses - b.lapses).slice(1))
     if (surplus.size === 0) return found
@@ -257,68 +232,11 @@ export class Leases {
     const args: (string | number)[] = [first.deadline, byPartition.size]
     for (const its of byPartition.values()) args.push(its.length)
     for (const settlement of [...byPartition.values()].flat()) {
-      const { lease, last, count } = settlement
-      keys.push(streamKey(lease), sessionKey(lease))
-      const read = lease.read < 0 ? -1 : lease.read + count
-      const isAll = read >= 0 && count === lease.counted ? 1 : 0
-      args.push(lease.callSid, last ?? lease.cursor, read, isAll, endOf(settlement), lapsesAfter(settlement))
+      keys.push(streamKey(settlement.lease), sessionKey(settlement.lease))
+      args.push(...settleArgs(settlement))
     }
     const settled = settleScript.run(this.client, keys, args)
     return (await this.away.servers.inTime(first.partition, settled)) as [number, number[], [string, number][]]
-  }
-
-  /** @returns the calls whose lapsed leases are open to all sinks again */
-  async reclaim(most: number): Promise<string[]> {
-    return this.onEachLane(
-      reclaimScript,
-      most,
-      (p) => [p.ready, p.leased],
-      (p) => [p.streamPrefix, p.sessionPrefix],
-    )
-  }
-
-  /**
-   * @param among only these; else whichever are due
-   * @returns the calls that were presumed over and got their `call.ended`
-   */
-  async reap(most: number, among?: CallPlace[]): Promise<string[]> {
-    return this.onEachLane(
-      reapScript,
-      most,
-      (p) => [p.ready, p.leased, p.open],
-      (p) => [p.streamPrefix, p.sessionPrefix],
-      ({ partitions }) => {
-        const its = among?.filter(({ partition }) => partitions.includes(partition))
-        return its ? ['among', ...its.map(({ callSid }) => callSid)] : []
-      },
-    )
-  }
-
-  /** @returns true when Redis knew nothing of the call, and it has got its `call.ended` */
-  async end(callSid: string): Promise<boolean> {
-    const p = this.partitions.of(callSid)
-    const call = { callSid, partition: p }
-    const keys = [this.laneOf.get(p)!.wake, p.ready, p.leased, p.open, p.ended, streamKey(call), sessionKey(call)]
-    return (await endScript.run(this.client, keys, [callSid, p.partition])) === 1
-  }
-
-  private async onEachLane(
-    script: Script,
-    most: number,
-    keysOf: (p: PartitionKeys) => string[],
-    argsOf: (p: PartitionKeys) => string[],
-    moreArgs: (lane: Lane) => string[] = () => [],
-  ): Promise<string[]> {
-    const lanes = this.lanes.filter((lane) => !this.away.servers.isAway(lane))
-    const results = await Promise.allSettled(
-      lanes.map((lane) => {
-        const { wake, partitions } = lane
-        const args = [most, ...partitions.flatMap(argsOf), ...moreArgs(lane)]
-        const asked = script.run(this.client, [wake, ...partitions.flatMap(keysOf)], args)
-        return this.away.servers.inTime(lane, asked)
-      }),
-    )
-    return someOf(results as PromiseSettledResult<string[]>[]).flat()
   }
 
   private byLane(partitions: PartitionKeys[]): Map<Lane, PartitionKeys[]> {
@@ -326,17 +244,6 @@ export class Leases {
     for (const partition of partitions) addTo(groups, this.laneOf.get(partition)!, partition)
     return groups
   }
-}
-
-/** What settle.lua is told of the call's end. */
-const endOf = ({ finalized, quarantined }: Settlement) =>
-  finalized ? 'finalized' : quarantined ? 'quarantined' : 'unknown'
-
-/** What settle.lua is to do with the call's lapses. */
-function lapsesAfter({ lease, last, lapsed, keepLapses, untried }: Settlement): 'none' | 'add' | 'keep' | 'forget' {
-  if (lapsed) return 'add'
-  if (lease.lapses === 0 || untried) return 'none'
-  return last === undefined || keepLapses ? 'keep' : 'forget'
 }
 
 const clamp = (n: number, least: number, most: number) => Math.max(least, Math.min(most, n))
@@ -358,7 +265,7 @@ function readLeases(
   [deadline, rows, more, gone]: LeaseReply,
   partitions: PartitionKeys[],
   mostOfACall: number,
-): { leases: Lease[]; more: number[]; gone: string[] } {
+): Leased {
   return {
     leases: rows.map(
       ([

@@ -11,24 +11,11 @@
 -- Reply for each call: {what it is: '' for no orphan, `none` when the key is gone, else as in ORPHAN_KINDS of sink/orphans.ts;
 --                       bytes}
 --       `adopt` replies what it was; it is not changed where it is `foreign`, or a `lost_stream` that has not ended
+-- include sink/group.lua
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local adopting, idle = ARGV[1] == 'adopt', tonumber(ARGV[2])
 local woken = {}
-
-local function named(flat)
-  local info = {}
-  for i = 1, #flat, 2 do info[flat[i]] = flat[i + 1] end
-  return info
-end
-
--- The sinks' cursor; nil when they have none there.
-local function cursor_of(stream)
-  for _, group in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
-    local info = named(group)
-    if info.name == 'sink' then return info['last-delivered-id'] end
-  end
-end
 
 -- What it is, and the sinks' cursor where there is one.
 local function judge(k, sid, found)
@@ -53,8 +40,7 @@ local function adopt(k, sid, kind, cursor)
   local said = redis.pcall('HGET', session, 'ended')
   local has_ended = type(said) == 'string'
   if kind == 'unread' or kind == 'no_group' then
-    local first = redis.call('XRANGE', stream, '(' .. (cursor or '0-0'), '+', 'COUNT', 1)[1]
-    redis.call('ZADD', ready, first and string.match(first[1], '^%d+') or now, sid)
+    redis.call('ZADD', ready, waiting_since(stream, cursor) or now, sid)
     woken[#woken + 1] = string.match(ready, '{(%d+)}')
   end
   -- Final, or to be so by what is read of it now: its retention begins. PostgreSQL is asked before anything is removed.

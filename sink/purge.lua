@@ -8,14 +8,7 @@
 -- Reply for each call: what became of it: `purged`; or why all of it stays:
 --         `claim`: it is another sink's, or began its retention anew; `busy`: it waits for a sink, is with one, or is open;
 --         `added`: something came behind that entry; `cursor`: not all of it is committed
-local function cursor_of(stream)
-  for _, g in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
-    local info = {}
-    for i = 1, #g, 2 do info[g[i]] = g[i + 1] end
-    if info.name == 'sink' then return info['last-delivered-id'] end
-  end
-end
-
+-- include sink/group.lua
 local function why_it_stays(k, sid, token, last)
   if redis.call('ZSCORE', KEYS[k + 3], sid) ~= token then return 'claim' end
   for list = k, k + 2 do
@@ -23,11 +16,8 @@ local function why_it_stays(k, sid, token, last)
   end
   local stream = KEYS[k + 5]
   if last == '' then return redis.call('EXISTS', stream) == 1 and 'added' end
-  local reply = redis.pcall('XINFO', 'STREAM', stream)
-  if reply.err then return 'added' end -- gone or not ours: not what was looked at
-  local info = {}
-  for i = 1, #reply, 2 do info[reply[i]] = reply[i + 1] end
-  if info['last-generated-id'] ~= last then return 'added' end
+  -- (Nil when it is gone, or not ours: not what was looked at.)
+  if named(redis.pcall('XINFO', 'STREAM', stream))['last-generated-id'] ~= last then return 'added' end
   return cursor_of(stream) ~= last and 'cursor'
 end
 

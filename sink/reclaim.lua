@@ -6,23 +6,15 @@
 -- ARGV  [1] most calls to reclaim
 --       then for each partition: stream key prefix, session key prefix
 -- Reply {call_sid …} reclaimed
+-- include sink/group.lua
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local left = tonumber(ARGV[1])
 local reclaimed, woken = {}, {}
 
--- When the oldest entry that is not committed arrived: that is how long the call has been waiting, whoever had it meanwhile.
-local function waiting_since(stream)
-  local groups = redis.pcall('XINFO', 'GROUPS', stream)
-  if groups.err then return now end
-  local cursor = '0-0'
-  for _, g in ipairs(groups) do
-    local info = {}
-    for i = 1, #g, 2 do info[g[i]] = g[i + 1] end
-    if info.name == 'sink' then cursor = info['last-delivered-id'] end
-  end
-  local first = redis.call('XRANGE', stream, '(' .. cursor, '+', 'COUNT', 1)[1]
-  return first and string.match(first[1], '^%d+') or now
+local function since(stream)
+  local group, err = group_of(stream)
+  return not err and waiting_since(stream, group and group['last-delivered-id']) or now
 end
 
 for p = 1, (#KEYS - 1) / 2 do
@@ -32,7 +24,7 @@ for p = 1, (#KEYS - 1) / 2 do
     redis.call('ZREM', leased, sid)
     -- Counted here and not by the sink: a count must survive an entry that kills the process.
     redis.pcall('HINCRBY', ARGV[1 + 2 * p] .. sid, 'lapses', 1)
-    redis.call('ZADD', ready, waiting_since(ARGV[2 * p] .. sid), sid)
+    redis.call('ZADD', ready, since(ARGV[2 * p] .. sid), sid)
     reclaimed[#reclaimed + 1] = sid
   end
   if #sids > 0 then woken[#woken + 1] = string.match(ready, '{(%d+)}') end

@@ -17,20 +17,12 @@
 --                           its lapses: `none` it had; `forget` them; `add` one, this delivery was it; `keep` them
 -- Reply {number of leases that had lapsed, {partition numbers with calls that are ready again},
 --        {call_sid, entries that were added behind the cursor and are gone: lost} for each call with any}
+-- include sink/group.lua
 local CALL_ARGS = 6
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local partitions = tonumber(ARGV[2])
 local lapsed, again, woken, lost = 0, {}, {}, {}
-
--- Moves the group's cursor to `last`, where `read` entries were read (-1: unknown).
-local function set_cursor(stream, last, read)
-  if read == '-1' then
-    redis.pcall('XGROUP', 'SETID', stream, 'sink', last)
-  else
-    redis.pcall('XGROUP', 'SETID', stream, 'sink', last, 'ENTRIESREAD', read)
-  end
-end
 
 -- The first entry behind the cursor. What is there is looked for whatever the group's lag says: the group may be gone, and after
 -- a failover as many entries may have come as it has lost. (From the end first: usually nothing is there, and from the front Redis
@@ -46,21 +38,8 @@ end
 -- Where nothing is behind the cursor: whether any that were added are not known to be read. (Of a stream that was trimmed to
 -- nothing, newer servers say that nothing is behind.)
 local function may_have_lost(stream)
-  local groups = redis.pcall('XINFO', 'GROUPS', stream)
-  if groups.err then return false end
-  for _, g in ipairs(groups) do
-    local info = {}
-    for i = 1, #g, 2 do info[g[i]] = g[i + 1] end
-    if info.name == 'sink' then return info.lag ~= 0 or redis.call('XLEN', stream) == 0 end
-  end
-  return false
-end
-
-local function entries_added(stream)
-  local info = redis.call('XINFO', 'STREAM', stream)
-  for i = 1, #info, 2 do
-    if info[i] == 'entries-added' then return info[i + 1] end
-  end
+  local group = group_of(stream)
+  return group and (group.lag ~= 0 or redis.call('XLEN', stream) == 0)
 end
 
 -- Returns the first entry behind the new cursor, if there is one.
@@ -69,7 +48,7 @@ local function move_cursor(stream, sid, last, read, is_all)
   local news, unknown = first_behind(stream, last)
   if not news and not unknown and not is_all and may_have_lost(stream) then
     -- Nothing waits, so all that was added was read. If it was not, somebody has trimmed away what nobody had read.
-    local added = entries_added(stream)
+    local added = named(redis.call('XINFO', 'STREAM', stream))['entries-added']
     if read ~= '-1' and added > tonumber(read) then lost[#lost + 1] = { sid, added - tonumber(read) } end
     set_cursor(stream, last, added)
   end

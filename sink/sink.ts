@@ -21,6 +21,7 @@ import { type LeaseLimits, Leases } from './lease.js'
 import { Legacy } from './legacy.js'
 import { type Listening, listen } from './listen.js'
 import { observe } from './observe.js'
+import { Overdue } from './overdue.js'
 import { Progress } from './progress.js'
 import { Retention, retentionSettings } from './retention.js'
 import { LOOK_MS, Share } from './share.js'
@@ -78,15 +79,9 @@ export async function startSink(config: Config, log: Logger, group?: Group): Pro
   }
   try {
     const redis = await connect()
-    await requireReachable(pool, config)
-    await requireSchema(pool, config)
-    if (config.ARCHIVE_DIR !== undefined) await requireArchiveDir(config.ARCHIVE_DIR)
-    const partitions = await askAtStart(config.REDIS_URL, async () => {
-      await requireAccess(redis, 'sink')
-      await warnOfLoss(redis, log)
-      return awaitPartitions(redis, config.PARTITIONS, log)
-    })
+    const partitions = await requireStores(redis, pool, config, log)
     const leases = new Leases(redis, partitions, leaseMs)
+    const overdue = new Overdue(redis, partitions)
     const backlog = new Backlog(redis, partitions)
     const wake = new Wake(config.PARTITIONS)
     leases.onBack = (partitions) => wake.news(partitions)
@@ -108,7 +103,7 @@ export async function startSink(config: Config, log: Logger, group?: Group): Pro
     const context: WorkerContext = { redis, pool, leases, legacy, ...settings, ...tools }
     const workers = Array.from({ length: config.SINK_WORKERS }, () => new Worker(context))
     const running = workers.map((worker) => worker.run())
-    tend(context, { share, listening }, partitions, config, stopped.signal)
+    tend(context, { share, listening, overdue }, partitions, config, stopped.signal)
     cleanUp(context, partitions, config, stopped.signal)
     const url = server ? `http://${config.SINK_METRICS_HOST}:${(server.address() as { port: number }).port}` : ''
     log.info({ url, workers: workers.length, partitions: config.PARTITIONS }, 'sink runs')
@@ -133,6 +128,18 @@ export async function startSink(config: Config, log: Logger, group?: Group): Pro
     await disconnect()
     throw error
   }
+}
+
+/** @throws OperatorError when one of them, or the folder for archives, cannot be used; see `startSink` */
+async function requireStores(redis: RedisClient, pool: Pool, config: Config, log: Logger): Promise<Partitions> {
+  await requireReachable(pool, config)
+  await requireSchema(pool, config)
+  if (config.ARCHIVE_DIR !== undefined) await requireArchiveDir(config.ARCHIVE_DIR)
+  return askAtStart(config.REDIS_URL, async () => {
+    await requireAccess(redis, 'sink')
+    await warnOfLoss(redis, log)
+    return awaitPartitions(redis, config.PARTITIONS, log)
+  })
 }
 
 /** A connection for each worker, one to ask whether PostgreSQL is there, and one for legacy rows that were locked. */
@@ -163,7 +170,7 @@ async function finish(workers: Worker[], running: Promise<void>[], log: Logger):
 /** What is to be done besides batches, now and then. */
 function tend(
   context: WorkerContext,
-  { share, listening }: { share: Share; listening: Listening },
+  { share, listening, overdue }: { share: Share; listening: Listening; overdue: Overdue },
   partitions: Partitions,
   config: Config,
   signal: AbortSignal,
@@ -177,12 +184,12 @@ function tend(
     metrics.shared.sinks.set(share.sinks)
   })
   again('stealing what other sinks leave', LOOK_MS, async () => gate.isOpen && share.steal())
-  again('reclaiming', TEND_MS, () => reclaim(context))
+  again('reclaiming', TEND_MS, () => reclaim(overdue, context))
   again('reaping', TEND_MS, async () => {
     await gate.pass()
     for (let left = TEND_MOST_CALLS; left > 0 && !signal.aborted; left -= REAP_PAGE) {
       const { calls, due } = await closeFinal(redis, pool, partitions, REAP_PAGE)
-      await reap(context, calls)
+      await reap(overdue, context, calls)
       if (due < REAP_PAGE) break
     }
   })
@@ -192,7 +199,7 @@ function tend(
   })
   // A Redis that was flushed does not know the count any more.
   again('claiming the partitions', TEND_MS, () => openPartitions(redis, config.PARTITIONS))
-  again('looking for strays', STRAYS_MS, () => endStrays(context, config.IDLE_TIMEOUT * 1000, signal))
+  again('looking for strays', STRAYS_MS, () => endStrays({ ...context, overdue }, config.IDLE_TIMEOUT * 1000, signal))
   if (!legacy) return
   again('filling legacy rows that were locked', LOCKED_MS, async () => {
     await gate.pass()
@@ -243,16 +250,16 @@ async function openLegacy(config: Config, pool: Pool, metrics: SinkMetrics, log:
   return legacy
 }
 
-async function reclaim({ leases, wake, metrics, log }: WorkerContext): Promise<void> {
-  const reclaimed = await leases.reclaim(TEND_MOST_CALLS)
+async function reclaim(overdue: Overdue, { wake, metrics, log }: WorkerContext): Promise<void> {
+  const reclaimed = await overdue.reclaim(TEND_MOST_CALLS)
   if (reclaimed.length > 0) log.warn({ calls: reclaimed.length }, 'took over calls whose lease had lapsed')
   metrics.reclaimed.inc(reclaimed.length)
   wake.all() // for what was published and got lost, too
 }
 
-async function reap({ leases, wake, metrics }: WorkerContext, calls: CallPlace[]): Promise<void> {
+async function reap(overdue: Overdue, { wake, metrics }: WorkerContext, calls: CallPlace[]): Promise<void> {
   if (calls.length === 0) return
-  const reaped = await leases.reap(REAP_PAGE, calls)
+  const reaped = await overdue.reap(REAP_PAGE, calls)
   metrics.reaped.inc(reaped.length)
   if (reaped.length > 0) wake.all()
 }

@@ -5,7 +5,7 @@
 import type { Logger } from '../shared/log.js'
 import type { SinkMetrics } from '../shared/metrics.js'
 import type { Pool } from '../shared/postgres.js'
-import type { Leases } from './lease.js'
+import type { Overdue } from './overdue.js'
 
 const PAGE = 1000
 /** A live row's last_event_at may be older than its last turn; and Redis gets the first chance to end the call. */
@@ -20,14 +20,14 @@ const SILENT_CALLS = `
 
 interface Context {
   pool: Pool
-  leases: Leases
+  overdue: Overdue
   metrics: SinkMetrics
   log: Logger
 }
 
 /** @param idleMs for how long a call may be silent */
 export async function endStrays(
-  { pool, leases, metrics, log }: Context,
+  { pool, overdue, metrics, log }: Context,
   idleMs: number,
   signal?: AbortSignal,
 ): Promise<void> {
@@ -37,7 +37,7 @@ export async function endStrays(
     const question = { text: SILENT_CALLS, values, query_timeout: ANSWER_TIMEOUT_MS }
     const { rows } = await pool.query<{ call_sid: string; silent: boolean }>(question)
     const silent = rows.filter((row) => row.silent).map((row) => row.call_sid)
-    const results = await Promise.all(silent.map((callSid) => leases.end(callSid)))
+    const results = await Promise.all(silent.map((callSid) => overdue.end(callSid)))
     ended += results.filter(Boolean).length
     after = rows.at(-1)?.call_sid ?? ''
     if (rows.length < PAGE) break

@@ -4,7 +4,9 @@ import type { Redis } from 'ioredis'
 import { beforeEach, expect, onTestFinished, test, vi } from 'vitest'
 import { connectRedis } from '../shared/redis.js'
 import { Backlog } from '../sink/backlog.js'
-import { givenBack, Leases } from '../sink/lease.js'
+import { Leases } from '../sink/lease.js'
+import type { Overdue } from '../sink/overdue.js'
+import { givenBack } from '../sink/settle.js'
 import { Relay } from './support/relay.js'
 import { log, type RedisDatabase } from './support/stores.js'
 import {
@@ -24,9 +26,10 @@ import {
 
 let redis: RedisDatabase
 let leases: Leases
+let overdue: Overdue
 let producer: Producer
 beforeEach(async () => {
-  ;({ redis, leases, producer } = await freshLeases())
+  ;({ redis, leases, overdue, producer } = await freshLeases())
 })
 
 /** A new one each time: an answer is kept for half a second. */
@@ -108,7 +111,7 @@ test('a_lapsed_lease_takes_nothing_from_the_age', async () => {
   await sleep(20)
   await leaseAll(leases, redis, { leaseMs: 1 })
   await sleep(20)
-  expect(await leases.reclaim(10)).toEqual(['CA1'])
+  expect(await overdue.reclaim(10)).toEqual(['CA1'])
   await expectLagOf('CA1', 0)
 })
 

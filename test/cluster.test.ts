@@ -9,6 +9,7 @@ import { AwayServers } from '../sink/away.js'
 import { Backlog } from '../sink/backlog.js'
 import { Leases } from '../sink/lease.js'
 import { type Listening, listen } from '../sink/listen.js'
+import { Overdue } from '../sink/overdue.js'
 import { Wake } from '../sink/wake.js'
 import { log, until } from './support/stores.js'
 import {
@@ -31,6 +32,7 @@ let server: StoreServer
 let url: string
 let redis: Store
 let leases: Leases
+let overdue: Overdue
 const clients: RedisClient[] = []
 
 async function connected(): Promise<RedisClient> {
@@ -53,6 +55,7 @@ beforeEach(async () => {
   await client.flushall()
   redis = { client, partitions: await openPartitions(client, 64) }
   leases = new Leases(client, redis.partitions, LIMITS.leaseMs)
+  overdue = new Overdue(client, redis.partitions)
 })
 afterEach(() => {
   for (const client of clients.splice(0)) client.disconnect()
@@ -90,7 +93,7 @@ test('reclaim_works_on_a_cluster', async () => {
   await new Producer(redis).store(...calls.map((sid) => turn(sid, 0)))
   await leaseAll(leases, redis, { leaseMs: 1 })
   await new Promise((resolve) => setTimeout(resolve, 20))
-  expect((await leases.reclaim(100)).toSorted()).toEqual(calls.toSorted())
+  expect((await overdue.reclaim(100)).toSorted()).toEqual(calls.toSorted())
   for (const lease of await leaseAll(leases, redis)) expect(lease).toMatchObject({ lapses: 1, waiting: 1 })
 })
 
@@ -99,7 +102,7 @@ test('of_the_suspects_of_many_slots_one_is_leased_at_a_time', async () => {
   for (let lapse = 0; lapse < 2; lapse++) {
     await leaseAll(leases, redis, { leaseMs: 1 })
     await new Promise((resolve) => setTimeout(resolve, 20))
-    expect(await leases.reclaim(100)).toHaveLength(20)
+    expect(await overdue.reclaim(100)).toHaveLength(20)
   }
   const everywhere = redis.partitions.all.map(({ partition }) => partition)
   const found = await leases.lease(everywhere, { ...LIMITS, suspectLapses: 2 })
@@ -144,7 +147,7 @@ test('leases_are_settled_although_the_answer_to_their_prolonging_came_late', asy
 test('reap_works_on_a_cluster', async () => {
   await new Producer(redis, { idleTimeoutMs: 1 }).store(...calls.map((sid) => turn(sid, 0)))
   await new Promise((resolve) => setTimeout(resolve, 20))
-  expect((await leases.reap(100)).toSorted()).toEqual(calls.toSorted())
+  expect((await overdue.reap(100)).toSorted()).toEqual(calls.toSorted())
   for (const sid of calls) {
     expect((await eventsOf(redis, sid)).at(-1)).toMatchObject({ type: 'call.ended', reason: 'abandoned' })
     expect(Object.keys(await placesOf(redis, sid))).toEqual(['ready'])

@@ -4,14 +4,16 @@ import { beforeEach, expect, test } from 'vitest'
 import type { Pool } from '../shared/postgres.js'
 import { closeFinal } from '../sink/late.js'
 import type { Leases } from '../sink/lease.js'
+import type { Overdue } from '../sink/overdue.js'
 import type { RedisDatabase } from './support/stores.js'
 import { committed, entriesOf, freshLeases, Producer, placesOf, streamOf, take, turn } from './support/streams.js'
 
 let redis: RedisDatabase
 let leases: Leases
+let overdue: Overdue
 let producer: Producer
 beforeEach(async () => {
-  ;({ redis, leases } = await freshLeases())
+  ;({ redis, leases, overdue } = await freshLeases())
   producer = new Producer(redis, { idleTimeoutMs: 1 })
 })
 
@@ -27,9 +29,9 @@ test('a_call_that_postgresql_was_not_asked_about_is_not_presumed_over', async ()
   await producer.store(turn('CA1', 0), turn('CA2', 0), turn('CA3', 0))
   await sleep(5)
   const asked = { callSid: 'CA2', partition: redis.partitions.of('CA2') }
-  expect(await leases.reap(10, [asked])).toEqual(['CA2'])
-  expect(await leases.reap(10, [])).toEqual([])
-  expect((await leases.reap(10)).toSorted()).toEqual(['CA1', 'CA3'])
+  expect(await overdue.reap(10, [asked])).toEqual(['CA2'])
+  expect(await overdue.reap(10, [])).toEqual([])
+  expect((await overdue.reap(10)).toSorted()).toEqual(['CA1', 'CA3'])
 })
 
 test('of_the_calls_that_are_due_those_that_are_final_are_closed_and_all_others_may_be_presumed_over', async () => {

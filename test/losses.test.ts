@@ -5,7 +5,7 @@ import { describe, expect, type TestContext, test } from 'vitest'
 import { Partitions } from '../shared/keys.js'
 import { createSinkMetrics } from '../shared/metrics.js'
 import { connectRedis, warnOfLoss } from '../shared/redis.js'
-import { Leases } from '../sink/lease.js'
+import { Overdue } from '../sink/overdue.js'
 import { endStrays } from '../sink/strays.js'
 import { Calls, ended, newSid, seqs } from './support/calls.js'
 import { Relay } from './support/relay.js'
@@ -118,9 +118,9 @@ describe.concurrent('a Redis', () => {
     )
     await redis.client.flushdb()
     await until('the number of partitions is known again', () => redis.client.exists('ct:partitions').then(Boolean))
-    const leases = new Leases(redis.client, redis.partitions, 1000)
+    const overdue = new Overdue(redis.client, redis.partitions)
     const metrics = createSinkMetrics()
-    for (let round = 0; round < 2; round++) await endStrays({ pool: database.pool, leases, metrics, log }, 60_000)
+    for (let round = 0; round < 2; round++) await endStrays({ pool: database.pool, overdue, metrics, log }, 60_000)
     const row = await until('it is finalized', async () => {
       const session = await calls.session(old)
       return session?.finalized_at ? session : undefined

@@ -3,6 +3,7 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import { beforeEach, expect, test } from 'vitest'
 import type { CallEvent } from '../shared/events.js'
 import type { Leases } from '../sink/lease.js'
+import type { Overdue } from '../sink/overdue.js'
 import { type RedisDatabase, until } from './support/stores.js'
 import {
   callsIn,
@@ -21,19 +22,20 @@ import {
 
 let redis: RedisDatabase
 let leases: Leases
+let overdue: Overdue
 beforeEach(async () => {
-  ;({ redis, leases } = await freshLeases())
+  ;({ redis, leases, overdue } = await freshLeases())
 })
 
 const sid = 'CA1'
-const reapWhenDue = (call = sid) => until('it is due', async () => (await leases.reap(10)).includes(call))
+const reapWhenDue = (call = sid) => until('it is due', async () => (await overdue.reap(10)).includes(call))
 const ends = async (call = sid) => (await eventsOf(redis, call)).filter((event) => event.type === 'call.ended')
 
 test('a_silent_call_gets_call_ended_with_reason_abandoned_exactly_once', async () => {
   const producer = new Producer(redis, { idleTimeoutMs: 30 })
   await producer.store({ type: 'call.started', call_sid: sid }, turn(sid, 0))
   await reapWhenDue()
-  expect(await leases.reap(10)).toEqual([])
+  expect(await overdue.reap(10)).toEqual([])
   expect(await eventsOf(redis, sid)).toMatchObject([
     { type: 'call.started' },
     { type: 'turn' },
@@ -75,7 +77,7 @@ test('a_call_is_not_reaped_while_it_is_not_due', async () => {
   const [talking, gone] = callsIn(redis.partitions, 3, 2) as [string, string]
   await producer.store(turn(talking, 0), { type: 'call.disconnected', call_sid: gone })
   await reapWhenDue(gone)
-  expect(await leases.reap(10)).toEqual([])
+  expect(await overdue.reap(10)).toEqual([])
   expect(await ends(talking)).toEqual([])
   expect(Object.keys(await placesOf(redis, talking))).toEqual(['ready', 'open'])
 })
@@ -109,13 +111,13 @@ test('a_call_that_comes_back_after_a_disconnect_has_its_full_time_again', async 
   await producer.store({ type: 'call.disconnected', call_sid: sid })
   await producer.store({ type: 'call.connected', call_sid: sid })
   await sleep(50)
-  expect(await leases.reap(10)).toEqual([])
+  expect(await overdue.reap(10)).toEqual([])
 })
 
 test('no_grace_at_all_ends_a_disconnected_call_at_once', async () => {
   const producer = new Producer(redis, { disconnectGraceMs: 0 })
   await producer.store({ type: 'call.disconnected', call_sid: sid })
-  await until('it is reaped', async () => (await leases.reap(10)).length > 0, 1000)
+  await until('it is reaped', async () => (await overdue.reap(10)).length > 0, 1000)
   expect(await ends()).toMatchObject([{ reason: 'disconnected' }])
 })
 
@@ -124,7 +126,7 @@ test('a_call_that_ended_is_not_reaped', async () => {
   await producer.store(turn(sid, 0), { type: 'call.ended', call_sid: sid, reason: 'hangup' })
   expect((await placesOf(redis, sid)).open).toBeUndefined()
   await sleep(30)
-  expect(await leases.reap(10)).toEqual([])
+  expect(await overdue.reap(10)).toEqual([])
   expect(await ends()).toMatchObject([{ reason: 'hangup' }])
 })
 
@@ -138,7 +140,7 @@ test.each<[string, CallEvent]>([
   await producer.store(late) // no sink has seen the end yet
   expect((await placesOf(redis, sid)).open).toBeUndefined()
   await sleep(30)
-  expect(await leases.reap(10)).toEqual([])
+  expect(await overdue.reap(10)).toEqual([])
   expect(await ends()).toHaveLength(1)
 })
 
@@ -146,7 +148,7 @@ test('within_one_batch_neither', async () => {
   const producer = new Producer(redis, { idleTimeoutMs: 10, disconnectGraceMs: 10 })
   await producer.store({ type: 'call.ended', call_sid: sid }, { type: 'call.disconnected', call_sid: sid })
   await sleep(30)
-  expect(await leases.reap(10)).toEqual([])
+  expect(await overdue.reap(10)).toEqual([])
 })
 
 test('a_reaped_call_is_not_reaped_again_for_what_only_adds_to_it', async () => {
@@ -155,7 +157,7 @@ test('a_reaped_call_is_not_reaped_again_for_what_only_adds_to_it', async () => {
   await reapWhenDue()
   await producer.store({ type: 'call.status', call_sid: sid, recording_url: 'https://example.com/r.mp3' })
   await sleep(30)
-  expect(await leases.reap(10)).toEqual([])
+  expect(await overdue.reap(10)).toEqual([])
   expect(await ends()).toHaveLength(1)
   expect(await eventsOf(redis, sid)).toHaveLength(3)
 })
@@ -185,7 +187,7 @@ test('many_sinks_that_look_for_silent_calls_end_each_once', async () => {
   const calls = Array.from({ length: 200 }, (_, c) => `CA${c}`)
   await producer.store(...calls.map((call) => turn(call, 0)))
   await sleep(20)
-  const reaped = (await Promise.all(Array.from({ length: 20 }, () => leases.reap(30)))).flat()
+  const reaped = (await Promise.all(Array.from({ length: 20 }, () => overdue.reap(30)))).flat()
   expect(reaped.toSorted()).toEqual(calls.toSorted())
   for (const call of calls) expect(await ends(call)).toHaveLength(1)
 })
@@ -194,7 +196,7 @@ test('no_more_calls_are_reaped_at_once_than_asked_for', async () => {
   const producer = new Producer(redis, { idleTimeoutMs: 1 })
   await producer.store(...Array.from({ length: 25 }, (_, c) => turn(`CA${c}`, 0)))
   await sleep(20)
-  const rounds = [await leases.reap(10), await leases.reap(10), await leases.reap(10), await leases.reap(10)]
+  const rounds = [await overdue.reap(10), await overdue.reap(10), await overdue.reap(10), await overdue.reap(10)]
   expect(rounds.map((round) => round.length)).toEqual([10, 10, 5, 0])
 })
 
@@ -234,8 +236,8 @@ test('keys_that_are_gone_or_of_another_type_keep_no_other_call_from_its_end', as
   await redis.client.set(streamOf(redis, foreignStream), 'of somebody else')
   await redis.client.set(sessionOf(redis, foreignSession), 'of somebody else')
   await sleep(10)
-  expect(await leases.reap(10)).toEqual([foreignSession, silent])
-  expect(await leases.reap(10)).toEqual([])
+  expect(await overdue.reap(10)).toEqual([foreignSession, silent])
+  expect(await overdue.reap(10)).toEqual([])
   expect(await ends(foreignSession)).toMatchObject([{ reason: 'abandoned' }])
   expect(await ends(silent)).toHaveLength(1)
   expect((await leaseAll(leases, redis)).map((lease) => lease.callSid).toSorted()).toEqual(
@@ -251,7 +253,7 @@ test('a_call_that_redis_has_forgotten_but_for_its_stream_waits_since_its_oldest_
   const { client, partitions } = redis
   for (const list of ['ready', 'open'] as const) await client.zrem(partitions.of(sid)[list], sid)
   await sleep(5)
-  expect(await leases.end(sid)).toBe(true)
+  expect(await overdue.end(sid)).toBe(true)
   const ids = (await entriesOf(redis, sid)).map(([id]) => id)
   expect(ids).toHaveLength(3)
   expect(await placesOf(redis, sid)).toEqual({ ready: Number.parseInt(ids[1]!, 10) })

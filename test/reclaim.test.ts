@@ -1,7 +1,9 @@
 /** reclaim: what a sink that died or hangs had leased goes to another, nothing missing. */
 import { setTimeout as sleep } from 'node:timers/promises'
 import { beforeEach, expect, test } from 'vitest'
-import { givenBack, type Leases } from '../sink/lease.js'
+import type { Leases } from '../sink/lease.js'
+import type { Overdue } from '../sink/overdue.js'
+import { givenBack } from '../sink/settle.js'
 import { type RedisDatabase, until } from './support/stores.js'
 import {
   callsIn,
@@ -19,9 +21,10 @@ import {
 
 let redis: RedisDatabase
 let leases: Leases
+let overdue: Overdue
 let producer: Producer
 beforeEach(async () => {
-  ;({ redis, leases, producer } = await freshLeases())
+  ;({ redis, leases, overdue, producer } = await freshLeases())
 })
 
 const sid = 'CA1'
@@ -30,7 +33,7 @@ const sid = 'CA1'
 async function loseLeases(count: number): Promise<void> {
   for (let i = 0; i < count; i++) {
     await leaseAll(leases, redis, { leaseMs: 1 })
-    await until('the lease lapses', async () => (await leases.reclaim(100)).length > 0)
+    await until('the lease lapses', async () => (await overdue.reclaim(100)).length > 0)
   }
 }
 
@@ -39,7 +42,7 @@ test('a_lapsed_lease_goes_to_another_with_all_that_was_not_committed_and_its_lap
   await leases.settle([committed(await take(leases, redis), 1)])
   const lost = await take(leases, redis, { leaseMs: 20 })
   await producer.store(turn(sid, 3)) // arrives while the dead sink holds the call
-  expect(await until('it lapses', async () => (await leases.reclaim(10)).at(0))).toBe(sid)
+  expect(await until('it lapses', async () => (await overdue.reclaim(10)).at(0))).toBe(sid)
   const other = await take(leases, redis)
   expect(other.lease).toMatchObject({ callSid: sid, cursor: lost.lease.cursor, waiting: 3, read: 1, lapses: 1 })
   expect(other.entries.slice(0, 2)).toEqual(lost.entries)
@@ -69,8 +72,8 @@ test('a_lease_that_has_not_lapsed_is_not_reclaimed', async () => {
   await leaseAll(leases, redis, { leaseMs: 1 })
   await producer.store(turn(alive, 0))
   const { lease } = await take(leases, redis, { leaseMs: 20_000 })
-  expect(await until('the other one lapses', async () => (await leases.reclaim(10)).at(0))).toBe(dead)
-  expect(await leases.reclaim(10)).toEqual([])
+  expect(await until('the other one lapses', async () => (await overdue.reclaim(10)).at(0))).toBe(dead)
+  expect(await overdue.reclaim(10)).toEqual([])
   expect((await placesOf(redis, alive)).leased).toBe(lease.deadline)
   expect((await placesOf(redis, alive)).ready).toBeUndefined()
   expect(await redis.client.hexists(sessionOf(redis, alive), 'lapses')).toBe(0)
@@ -81,7 +84,7 @@ test('many_sinks_that_look_for_lapsed_leases_reclaim_each_once', async () => {
   await producer.store(...calls.map((each) => turn(each, 0)))
   await leaseAll(leases, redis, { leaseMs: 1 })
   await sleep(20)
-  const reclaimed = (await Promise.all(Array.from({ length: 20 }, () => leases.reclaim(30)))).flat()
+  const reclaimed = (await Promise.all(Array.from({ length: 20 }, () => overdue.reclaim(30)))).flat()
   expect(reclaimed.toSorted()).toEqual(calls.toSorted())
   for (const lease of await leaseAll(leases, redis)) expect(lease.lapses).toBe(1)
 })
@@ -92,10 +95,10 @@ test('no_more_calls_are_reclaimed_at_once_than_asked_for', async () => {
   await leaseAll(leases, redis, { leaseMs: 1 })
   await sleep(20)
   const rounds = [
-    await leases.reclaim(10),
-    await leases.reclaim(10),
-    await leases.reclaim(10),
-    await leases.reclaim(10),
+    await overdue.reclaim(10),
+    await overdue.reclaim(10),
+    await overdue.reclaim(10),
+    await overdue.reclaim(10),
   ]
   expect(rounds.map((round) => round.length)).toEqual([10, 10, 5, 0])
   expect(new Set(rounds.flat()).size).toBe(25)
@@ -118,6 +121,6 @@ test('a_session_key_of_another_type_loses_no_call', async () => {
   await leaseAll(leases, redis, { leaseMs: 1 })
   await redis.client.set(sessionOf(redis, foreign), 'of somebody else')
   await sleep(20)
-  expect(await leases.reclaim(10)).toEqual([before, foreign, behind])
+  expect(await overdue.reclaim(10)).toEqual([before, foreign, behind])
   for (const each of [before, foreign, behind]) expect(Object.keys(await placesOf(redis, each))).toContain('ready')
 })

@@ -2,7 +2,9 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import { beforeEach, expect, onTestFinished, test, vi } from 'vitest'
 import { Hold } from '../sink/hold.js'
-import { givenBack, type Leases } from '../sink/lease.js'
+import type { Leases } from '../sink/lease.js'
+import type { Overdue } from '../sink/overdue.js'
+import { givenBack } from '../sink/settle.js'
 import { log, type RedisDatabase, until } from './support/stores.js'
 import {
   callsIn,
@@ -23,9 +25,10 @@ import {
 
 let redis: RedisDatabase
 let leases: Leases
+let overdue: Overdue
 let producer: Producer
 beforeEach(async () => {
-  ;({ redis, leases, producer } = await freshLeases())
+  ;({ redis, leases, overdue, producer } = await freshLeases())
 })
 
 const sid = 'CA1'
@@ -109,7 +112,7 @@ test('no_event_is_lost_or_read_twice_while_appends_and_sinks_race', async () => 
 test('an_expired_holder_moves_and_releases_nothing', async () => {
   await producer.store(turn(sid, 0), turn(sid, 1), { type: 'call.ended', call_sid: sid })
   const slow = await take(leases, redis, { leaseMs: 20 })
-  await until('its lease lapses', async () => (await leases.reclaim(10)).length > 0)
+  await until('its lease lapses', async () => (await overdue.reclaim(10)).length > 0)
   expect(await leases.settle([committed(slow, 3, true)]), 'nobody has it yet').toEqual({
     lapsed: 1,
     again: [],
@@ -137,7 +140,7 @@ test('a_lease_that_lapsed_but_was_not_taken_away_still_settles', async () => {
   await sleep(10)
   expect(await leases.settle([committed(slow)])).toEqual({ lapsed: 0, again: [], lost: [] })
   expect(await groupOf(redis, sid)).toMatchObject({ lag: 0 })
-  expect(await leases.reclaim(10)).toEqual([])
+  expect(await overdue.reclaim(10)).toEqual([])
 })
 
 test('giving_back_makes_ready_again_without_progress', async () => {
@@ -208,7 +211,7 @@ test('late_events_of_a_call_whose_end_a_foreign_writer_appended_are_leased_as_su
 test('a_call_that_came_back_while_its_presumed_end_was_being_committed_stays_open', async () => {
   const impatient = new Producer(redis, { idleTimeoutMs: 1 })
   await impatient.store(turn(sid, 0))
-  await until('it is presumed over', async () => (await leases.reap(1)).length > 0)
+  await until('it is presumed over', async () => (await overdue.reap(1)).length > 0)
   const end = await take(leases, redis)
   await producer.store(turn(sid, 1))
   await leases.settle([committed(end, 2, true)])
@@ -220,7 +223,7 @@ test('a_call_that_came_back_while_its_presumed_end_was_being_committed_stays_ope
 test('a_call_that_comes_back_after_its_presumed_end_was_committed_is_open_again', async () => {
   const impatient = new Producer(redis, { idleTimeoutMs: 1 })
   await impatient.store(turn(sid, 0))
-  await until('it is presumed over', async () => (await leases.reap(1)).length > 0)
+  await until('it is presumed over', async () => (await overdue.reap(1)).length > 0)
   await leases.settle([committed(await take(leases, redis), 2, true)])
   expect(Object.keys(await placesOf(redis, sid))).toEqual(['ended'])
   await producer.store({ type: 'call.status', call_sid: sid, recording_url: 'https://r' })

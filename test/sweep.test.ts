@@ -8,6 +8,7 @@ import type { Pool } from '../shared/postgres.js'
 import { connectRedis, openPartitions } from '../shared/redis.js'
 import { Leases } from '../sink/lease.js'
 import { ORPHAN_KINDS, type Orphan, OrphanSearch } from '../sink/orphans.js'
+import { Overdue } from '../sink/overdue.js'
 import { Retention } from '../sink/retention.js'
 import { startSink } from '../sink/sink.js'
 import { Sweep } from '../sink/sweep.js'
@@ -162,9 +163,9 @@ test('adopt_brings_an_orphan_home', async () => {
   const keys = await oneOfEach()
   const { client, partitions } = calls.stack.redis
   const search = searchOf()
-  const leases = new Leases(client, partitions, LIMITS.leaseMs)
+  const overdue = new Overdue(client, partitions)
   for (const orphan of await find(search)) {
-    const isEnded = orphan.kind === 'lost_stream' && (await leases.end(orphan.place.callSid))
+    const isEnded = orphan.kind === 'lost_stream' && (await overdue.end(orphan.place.callSid))
     const isAdopted = isEnded || (await search.adopt(orphan, 1))
     expect([orphan.kind, isAdopted]).toEqual([
       orphan.kind,

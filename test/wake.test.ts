@@ -3,7 +3,9 @@ import type { Redis } from 'ioredis'
 import { afterAll, afterEach, beforeAll, beforeEach, expect, test } from 'vitest'
 import { Partitions } from '../shared/keys.js'
 import { connectRedis } from '../shared/redis.js'
-import { givenBack, Leases } from '../sink/lease.js'
+import { Leases } from '../sink/lease.js'
+import { Overdue } from '../sink/overdue.js'
+import { givenBack } from '../sink/settle.js'
 import { log, until } from './support/stores.js'
 import {
   callsIn,
@@ -26,6 +28,7 @@ let server: StoreServer
 let redis: Store
 let subscriber: Redis
 let leases: Leases
+let overdue: Overdue
 let heard: string[]
 beforeAll(async () => {
   server = await ownRedis()
@@ -36,6 +39,7 @@ beforeEach(async () => {
   await redis.client.flushall()
   subscriber = (await connectRedis(server.url, log)) as Redis
   leases = new Leases(redis.client, redis.partitions, LIMITS.leaseMs)
+  overdue = new Overdue(redis.client, redis.partitions)
   heard = []
   subscriber.on('smessage', (_channel: string, message: string) => heard.push(message))
   await subscriber.ssubscribe(WAKE)
@@ -109,9 +113,9 @@ test('reclaim_wakes_for_what_it_made_ready', async () => {
   await leaseAll(leases, redis, { leaseMs: 1 })
   await news()
   await new Promise((resolve) => setTimeout(resolve, 10))
-  expect(await leases.reclaim(10)).toHaveLength(2)
+  expect(await overdue.reclaim(10)).toHaveLength(2)
   expect(await news()).toEqual(['3,5'])
-  expect(await leases.reclaim(10)).toEqual([])
+  expect(await overdue.reclaim(10)).toEqual([])
   expect(await news()).toEqual([])
 })
 
@@ -119,8 +123,15 @@ test('reap_wakes_for_the_ends_it_wrote', async () => {
   await new Producer(redis, { idleTimeoutMs: 20 }).store(turn(a1, 0))
   await leases.settle([committed(await take(leases, redis))])
   await news()
-  await until('it is due', async () => (await leases.reap(10)).length > 0)
+  await until('it is due', async () => (await overdue.reap(10)).length > 0)
   expect(await news()).toEqual(['3'])
-  expect(await leases.reap(10)).toEqual([])
+  expect(await overdue.reap(10)).toEqual([])
+  expect(await news()).toEqual([])
+})
+
+test('end_wakes_for_the_call_that_Redis_had_forgotten', async () => {
+  expect(await overdue.end(a1)).toBe(true)
+  expect(await news()).toEqual(['3'])
+  expect(await overdue.end(a1)).toBe(false)
   expect(await news()).toEqual([])
 })

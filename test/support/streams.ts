@@ -8,8 +8,10 @@ import { createIngestMetrics } from '../../shared/metrics.js'
 import type { RedisClient } from '../../shared/redis.js'
 import { Script } from '../../shared/script.js'
 import type { Entry } from '../../sink/decode.js'
-import { type Lease, type LeaseLimits, Leases, type Settlement } from '../../sink/lease.js'
+import { type Lease, type LeaseLimits, Leases } from '../../sink/lease.js'
+import { Overdue } from '../../sink/overdue.js'
 import { readEntries } from '../../sink/read.js'
+import type { Settlement } from '../../sink/settle.js'
 import { freshRedis, log, type RedisDatabase } from './stores.js'
 
 export type { StoreServer } from './store-server.js'
@@ -143,11 +145,17 @@ export const LIMITS: LeaseLimits = { calls: 1000, entries: 100_000, bytes: 1e9, 
 export const everywhere = (partitions: Partitions) => partitions.all.map((p: PartitionKeys) => p.partition)
 
 /** For one test: an empty Redis, what a sink does with it, and a producer. */
-export async function freshLeases(): Promise<{ redis: RedisDatabase; leases: Leases; producer: Producer }> {
+export async function freshLeases(): Promise<{
+  redis: RedisDatabase
+  leases: Leases
+  overdue: Overdue
+  producer: Producer
+}> {
   const redis = await freshRedis()
   onTestFinished(() => redis.drop())
   const leases = new Leases(redis.client, redis.partitions, LIMITS.leaseMs)
-  return { redis, leases, producer: new Producer(redis) }
+  const overdue = new Overdue(redis.client, redis.partitions)
+  return { redis, leases, overdue, producer: new Producer(redis) }
 }
 
 /** Leases whatever is ready, within `limits`. */

@@ -3,7 +3,7 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import { WebSocket } from 'ws'
 import { type Ingest, startIngest } from '../../ingest/ingest.js'
 import { readConfig } from '../../shared/config.js'
-import { Leases } from '../../sink/lease.js'
+import { Overdue } from '../../sink/overdue.js'
 import { type Sink, startSink } from '../../sink/sink.js'
 import { Link, type LinkFault } from './link.js'
 import { type Database, freshDatabase, freshRedis, log, type RedisDatabase, until } from './stores.js'
@@ -66,7 +66,7 @@ export class World {
   private readonly ingests: IngestSlot[]
   private link!: Link
   private sink!: Sink
-  private readonly leases: Leases
+  private readonly overdue: Overdue
   /** When leases of calls that are not settled lapse next, ms epoch: at once after a fault, then again and again. */
   private lapseAt = Date.now() + LAPSE_MS
   private readonly repairs: Promise<void>[] = []
@@ -78,7 +78,7 @@ export class World {
     readonly database: Database,
   ) {
     this.ingests = [0, 1].map(() => new IngestSlot(redis.url))
-    this.leases = new Leases(redis.client, redis.partitions, LEASE_SECONDS * 1000)
+    this.overdue = new Overdue(redis.client, redis.partitions)
   }
 
   static async begin(): Promise<World> {
@@ -145,7 +145,7 @@ export class World {
   /** As if the calls had been silent for too long. */
   async presumeOver(sids: string[]): Promise<void> {
     for (const sid of sids) await this.redis.client.zadd(this.redis.partitions.of(sid).open, 'XX', 1, sid)
-    await this.leases.reap(1000)
+    await this.overdue.reap(1000)
   }
 
   /** Waits until all entries of these calls are committed and settled. */
@@ -167,7 +167,7 @@ export class World {
   private async takeOver(sids: string[]): Promise<void> {
     this.lapseAt = Date.now() + LAPSE_MS
     for (const sid of sids) await this.redis.client.zadd(this.redis.partitions.of(sid).leased, 'XX', 1, sid)
-    await this.leases.reclaim(1000)
+    await this.overdue.reclaim(1000)
   }
 
   private async isSettled(sid: string): Promise<boolean> {
