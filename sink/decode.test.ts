@@ -203,7 +203,9 @@ describe('calls', () => {
 
   test('a_presumed_end_is_not_a_sign_of_life', () => {
     const presumed = entry({ type: 'call.ended', source: 'calltape' }, `${T + 5}-0`)
-    expect(decode([presumed]).calls).toMatchObject([{ firstMs: T + 5, lastMs: null, finalize: true }])
+    const alone = decode([presumed])
+    expect(alone.calls).toMatchObject([{ firstMs: T + 5, lastMs: null, finalize: true }])
+    expect(alone.settlements).toMatchObject([{ finalized: true, presumed: true }])
     expect(decode([entry({ ...turn, ts: 7 }), presumed]).calls).toMatchObject([{ firstMs: 7, lastMs: 7 }])
   })
 

@@ -128,7 +128,9 @@ export function decodeCall(lease: Lease, entries: Entry[], batch: Batch): void {
   }
   if (lease.lapses > 0) batch.redelivered = true
   batch.oldestMs = Math.min(batch.oldestMs, entryMs(entries[0]![0]))
-  batch.settlements.push({ lease, last, count: entries.length, finalized: finalize })
+  const settlement: Settlement = { lease, last, count: entries.length, finalized: finalize }
+  if (presumed && !ended) settlement.presumed = true
+  batch.settlements.push(settlement)
 }
 
 function decodeEntry(lease: Lease, [id, fields]: Entry, batch: Batch): CallEvent | undefined {

@@ -16,7 +16,7 @@ if ARGV[6] == '1' and not (redis.call('ZSCORE', open, sid) and not redis.pcall('
   local time = redis.call('TIME')
   redis.call('ZREM', open, sid)
   redis.call('ZADD', ended, 'NX', time[1] * 1000 + math.floor(time[2] / 1000), sid)
-  redis.pcall('HSETNX', session, 'ended', '1') -- as in settle.lua
+  redis.pcall('HSETNX', session, 'ended', 'presumed') -- as in settle.lua; whatever ended it, what goes on is open again
 end
 redis.pcall('HSET', session, 'alone', ARGV[5])
 return 1

@@ -13,7 +13,8 @@
 --                           last entry committed (the cursor as it was: the call is only given back)
 --                           entries read by the group up to there (-1: unknown)
 --                           1 if that is all that Redis said was waiting when it was leased, else 0
---                           `finalized`; `quarantined`: what was to end it may be in quarantine now; else `unknown`
+--                           `finalized`; `presumed`: it is, but only because it is presumed over; `quarantined`:
+--                           what was to end it may be in quarantine now; else `unknown`
 --                           its lapses: `none` it had; `forget` them; `add` one, this delivery was it; `keep` them
 -- Reply {number of leases that had lapsed, {partition numbers with calls that are ready again},
 --        {call_sid, entries that were added behind the cursor and are gone: lost} for each call with any}
@@ -65,10 +66,12 @@ end
 
 local function note_end(open, ended, session, sid, ending, news)
   -- A call that was presumed over may have come back meanwhile.
-  if ending == 'finalized' and not (redis.call('ZSCORE', open, sid) and not redis.pcall('HGET', session, 'ended')) then
+  local is_final = ending == 'finalized' or ending == 'presumed'
+  if is_final and not (redis.call('ZSCORE', open, sid) and not redis.pcall('HGET', session, 'ended')) then
     redis.call('ZREM', open, sid)
     redis.call('ZADD', ended, now, sid)
-    redis.pcall('HSETNX', session, 'ended', '1') -- whoever wrote its end may not have: lease.lua goes by it
+    -- It stands there, unless a foreign writer wrote the end, or somebody has removed the session: lease.lua goes by it.
+    redis.pcall('HSETNX', session, 'ended', ending == 'presumed' and ending or '1')
   end
   -- An end that could not be stored: the reaper says it in our own words, once.
   if ending == 'quarantined' and not news and not redis.call('ZSCORE', ended, sid) and redis.pcall('HGET', session, 'ended') == '1'

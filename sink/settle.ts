@@ -9,6 +9,8 @@ export interface Settlement {
   /** How many entries were read. */
   count: number
   finalized: boolean
+  /** Finalized, and only because it is presumed over. */
+  presumed?: true
   /** It is given back because it came to nothing, and perhaps that was its own doing. */
   lapsed?: boolean
   /** Something that could be read is in quarantine now: it may have been the call's end. */
@@ -45,8 +47,8 @@ export function settleArgs(settlement: Settlement): (string | number)[] {
 }
 
 /** Of the call's end. */
-const endOf = ({ finalized, quarantined }: Settlement) =>
-  finalized ? 'finalized' : quarantined ? 'quarantined' : 'unknown'
+const endOf = ({ finalized, presumed, quarantined }: Settlement) =>
+  finalized ? (presumed ? 'presumed' : 'finalized') : quarantined ? 'quarantined' : 'unknown'
 
 /** What is to be done with the call's lapses. */
 function lapsesAfter({ lease, last, lapsed, keepLapses, untried }: Settlement): 'none' | 'add' | 'keep' | 'forget' {

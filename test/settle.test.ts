@@ -208,6 +208,18 @@ test('late_events_of_a_call_whose_end_a_foreign_writer_appended_are_leased_as_su
   expect((await take(leases, redis)).lease).toMatchObject({ finalized: true, waiting: 1, read: 1 })
 })
 
+test('a_presumed_end_whose_session_somebody_removed_stays_a_presumption', async () => {
+  const impatient = new Producer(redis, { idleTimeoutMs: 1 })
+  await impatient.store(turn(sid, 0))
+  await until('it is reaped', async () => (await overdue.reap(10)).length > 0)
+  const taken = await take(leases, redis)
+  await redis.client.del(sessionOf(redis, sid))
+  await leases.settle([{ ...committed(taken, 2, true), presumed: true }])
+  expect(Object.keys(await placesOf(redis, sid))).toEqual(['ended'])
+  await producer.store(turn(sid, 1))
+  expect(Object.keys(await placesOf(redis, sid)), 'it goes on').toEqual(['ready', 'open'])
+})
+
 test('a_call_that_came_back_while_its_presumed_end_was_being_committed_stays_open', async () => {
   const impatient = new Producer(redis, { idleTimeoutMs: 1 })
   await impatient.store(turn(sid, 0))
