@@ -202,7 +202,7 @@ describe('calls', () => {
   })
 
   test('a_presumed_end_is_not_a_sign_of_life', () => {
-    const presumed = entry({ type: 'call.ended', source: 'calltape' }, `${T + 5}-0`)
+    const presumed = entry({ type: 'call.ended', source: 'calltape', reason: 'abandoned' }, `${T + 5}-0`)
     const alone = decode([presumed])
     expect(alone.calls).toMatchObject([{ firstMs: T + 5, lastMs: null, finalize: true }])
     expect(alone.settlements).toMatchObject([{ finalized: true, presumed: true }])
