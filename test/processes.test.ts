@@ -125,6 +125,7 @@ describe('ingest', () => {
     for (const sid of sids) {
       // A bound connection's end that one process sees after the other has seen its successor begin.
       const first = await Wire.open({ url }, `?call_sid=${sid}`)
+      await until('its begin is stored', async () => (await ask(url, `/v1/calls/${sid}`)).text.includes('"connected"'))
       const second = await Wire.open({ url }, `?call_sid=${sid}`)
       await first.close()
       await post(sid, 1, 'started')

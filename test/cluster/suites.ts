@@ -14,6 +14,7 @@ export const NOT_ON_A_CLUSTER: Record<string, string> = {
   'test/model.test.ts': ONE_SERVER,
   'test/faults/connections.test.ts': ONE_SERVER,
   'test/wake.test.ts': `${OWN_REDIS}, and counts the messages on its one channel: test/cluster.test.ts has what a Cluster's are`,
+  'test/script-call.test.ts': 'the bytes of a call, on one connection to one server',
   'test/spool.test.ts':
     'it wants its Redis away, and a replica takes over: test/cluster/unreachable.test.ts has a dead shard',
   'test/rescue*.test.ts': 'the source is another application’s Redis, and has databases',
