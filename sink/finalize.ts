@@ -32,8 +32,8 @@ const MAKE_CALLS = {
 }
 
 /**
- * The fold would come to the same, but costs twice as much: where many calls are live, a turn of each comes seldom enough that
- * nearly every turn moves its call's `last_event_at`.
+ * The fold would come to the same, for more: with 20,000 calls at 5,000 turns/s, 15 µs a turn. Where many calls are live, a turn of
+ * each comes seldom enough that nearly every turn moves its call's `last_event_at`.
  */
 const TOUCH = {
   name: 'touch',
